@@ -1,0 +1,39 @@
+# Everything starts from a bare machine with Python 3.11, pip and make: each target first completes .venv (scripts/install).
+# Another Python:          make demo PYTHON=/path/to/python3.11
+# Other install options:   make install INSTALL_FLAGS="--device cpu"
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test ui install test-fast test-slow lint clean
+export PYTHON
+
+help:
+	@echo "make demo       kill a worker in the middle of an answer and watch the answer go on (sets everything up first)"
+	@echo "make ui         the demo, left running with its page"
+	@echo "make test       lint, fast tests, then the tests on real vLLM processes"
+	@echo "make test-fast  lint and fast tests only          make test-slow  the long tests"
+	@echo "make install    only set up .venv                 make clean      remove .venv and every cache here"
+
+demo: install
+	@.venv/bin/ghostserve demo
+
+ui: install
+	@.venv/bin/ghostserve demo --stay
+
+test: test-fast
+	@scripts/test -m "real and not slow"
+
+test-fast: lint
+	@scripts/test -m "not real and not slow"
+
+test-slow: install
+	@scripts/test -m slow
+
+lint: install
+	@scripts/lint
+
+install:
+	@scripts/install $(INSTALL_FLAGS)
+
+clean:
+	rm -rf .venv build dist src/ghostserve.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
