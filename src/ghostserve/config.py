@@ -1,0 +1,102 @@
+"""What a user can set, in one frozen dataclass; the command line is derived from it.
+
+Processes started by vLLM get it as JSON in one environment variable, so that nothing of ours enters vLLM's own
+configuration (which would change its compile-cache key).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ghostserve.errors import UsageError
+
+CONFIG_ENV = "GHOSTSERVE_CONFIG"
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """`8Gi`, `512MiB`, `2G`, `1048576`: bytes. Raises UsageError naming the value."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    if match is None or match[2].lower() not in _UNITS:
+        raise UsageError(f"{text!r} is not an amount of memory; write for example 8Gi or 512Mi")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _option(default: Any, help: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GhostConfig:
+    """Options of `ghostserve serve` beside vLLM's own."""
+
+    protection: str = _option(
+        "parity",
+        "what the shadow keeps: parity (mirrors of what is being written, parity of the rest), "
+        "replica (mirrors of everything), or none (vLLM as it is)",
+        choices=("parity", "replica", "none"),
+    )
+    parity_shards: int = _option(1, "parity shards per stripe: so many ranks may lose their KV at once")
+    host_memory: int | None = _option(
+        None,
+        "host memory for the whole shadow, e.g. 8Gi; never exceeded. Default: what full protection needs, at "
+        "most a quarter of the machine's or cgroup's memory",
+        type=parse_bytes,
+        metavar="BYTES",
+    )
+    encode_backlog: int = _option(8, "KV blocks that may wait for the keeper in the steady state", metavar="BLOCKS")
+    recovery_attempts: int = _option(3, "attempts to replace a rank before the server gives up", metavar="N")
+    leave_timeout: float = _option(10.0, "bound for survivors to leave a broken collective", metavar="SECONDS")
+    start_timeout: float = _option(
+        120.0, "bound for a replacement to start, regroup and load its weights", metavar="SECONDS"
+    )
+    restore_timeout: float = _option(120.0, "bound for request state and KV to be restored", metavar="SECONDS")
+    enable_fault_injection: bool = _option(
+        False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
+    )
+
+    def __post_init__(self) -> None:
+        if self.parity_shards != 1:
+            raise UsageError(f"--parity-shards {self.parity_shards}: only 1 is supported yet")
+        if self.encode_backlog < 1:
+            raise UsageError(f"--encode-backlog {self.encode_backlog}: at least 1 block is needed")
+        if self.recovery_attempts < 1:
+            raise UsageError(f"--recovery-attempts {self.recovery_attempts}: at least 1 is needed")
+        for name in ("leave_timeout", "start_timeout", "restore_timeout"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0 seconds")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> GhostConfig:
+        """The configuration of the server that started this process."""
+        return cls(**json.loads(environ.get(CONFIG_ENV, "{}")))
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """One flag per field, in a group of its own."""
+        group = parser.add_argument_group("ghostserve")
+        for item in dataclasses.fields(cls):
+            flag = "--" + item.name.replace("_", "-")
+            extra = {name: item.metadata[name] for name in ("choices", "metavar") if name in item.metadata}
+            if item.default is False:
+                group.add_argument(flag, action="store_true", help=item.metadata["help"])
+            else:
+                kind = item.metadata.get("type", type(item.default))
+                group.add_argument(flag, type=kind, default=item.default, help=item.metadata["help"], **extra)
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> GhostConfig:
+        """Our part of parsed arguments. Raises UsageError."""
+        return cls(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(cls)})

@@ -1,0 +1,56 @@
+"""The nouns that every part shares. Knows no process, no bytes and no vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Phase(Enum):
+    """One phase of a recovery; the same names in code, metrics and the page."""
+
+    DETECT = "detect"  # from the loss to its being noticed
+    FENCE = "fence"  # the lost are SIGKILLed, the epoch is raised
+    LEAVE = "leave"  # survivors leave the broken collective
+    SPAWN = "spawn"  # a process takes the rank
+    REGROUP = "regroup"  # process groups are formed anew
+    WEIGHTS = "weights"  # the newcomer has its weights
+    STATE = "state"  # request state and RNG are as before the step
+    KV = "kv"  # the lost KV is back
+    RETRY = "retry"  # the interrupted step has run again
+
+
+class RecoveryPath(Enum):
+    """How the lost KV came back."""
+
+    REBUILD = "rebuild"  # from mirrors, or survivors and parity
+    RECOMPUTE = "recompute"  # at least one request was recomputed from its tokens
+    RESTART = "restart"  # the engine was restarted
+
+
+class RankState(Enum):
+    """What others may expect of a rank."""
+
+    STARTING = "starting"  # loading; takes no step
+    ALIVE = "alive"  # takes part in steps
+    LOST = "lost"  # given up; whatever it still says is ignored
+
+
+class ServerState(Enum):
+    """What a client may expect of the server."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    RECOVERING = "recovering"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision(Generic[T]):
+    """A choice with its reason, so that the reason can be logged where the choice is used."""
+
+    choice: T
+    reason: str
