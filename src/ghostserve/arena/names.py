@@ -1,0 +1,112 @@
+"""The names on the control page. Their order is their place there: append, and raise `control.VERSION`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum, auto
+
+
+class Counter(IntEnum):
+    """A u64 on the control page. `..._total` only grows; the others are what is true now."""
+
+    STEPS_TOTAL = 0
+    RECOVERIES_TOTAL = auto()
+    FAILURES_TOTAL = auto()
+    BLOCKS_SEALED = auto()
+    BLOCKS_CODED = auto()
+    BLOCKS_MIRRORED = auto()
+    BLOCKS_UNPROTECTED = auto()
+    FRAMES_TOTAL = auto()
+    FRAMES_USED = auto()
+    FRAME_BYTES = auto()
+    PARITY_BYTES = auto()
+    MIRROR_BYTES = auto()
+    PROTECTED_TOKENS = auto()
+    KV_BYTES_PROTECTED = auto()
+    ENCODE_BACKLOG = auto()
+    ENCODE_BYTES_TOTAL = auto()
+    KEEPER_RESTARTS = auto()
+    KV_BLOCKS_FROM_PARITY_TOTAL = auto()
+    KV_BLOCKS_FROM_MIRRORS_TOTAL = auto()
+    KV_BYTES_REBUILT_TOTAL = auto()
+    TOKENS_RECOMPUTED_TOTAL = auto()
+    REQUESTS_RECOMPUTED_TOTAL = auto()
+    REQUESTS_FAILED_TOTAL = auto()
+    SHADOW_ERRORS_TOTAL = auto()
+    CHECKSUM_REFUSALS_TOTAL = auto()
+
+
+class Switch(IntEnum):
+    """A run-time switch, off at start; for tests, negative controls and the demo."""
+
+    SKIP_RESTORE = 0  # a newcomer's KV stays empty: the negative control
+    DEBUG_COPY = auto()  # every rank keeps a copy of its KV in the debug segment, to compare with
+    PAUSE_SCHEDULING = auto()  # requests queue up and no step is planned
+    FORCE_RECOMPUTE = auto()  # a loss is answered by rung 3 even where it could be rebuilt
+    SKIP_RNG_RESTORE = auto()  # a newcomer's random-number states stay as they are
+    SKIP_CHECKSUM = auto()  # what is restored is not checked
+
+
+class Mark(IntEnum):
+    """A moment in the start of a worker process."""
+
+    PROCESS_STARTED = 0
+    IMPORTS_DONE = auto()
+    DEVICE_READY = auto()
+    GROUPS_READY = auto()
+    WEIGHTS_LOADED = auto()
+    QUEUES_READY = auto()
+    KV_READY = auto()
+
+
+class StampStatus(IntEnum):
+    """How far a rank is with the step that its stamp names."""
+
+    NONE = 0  # it never stamped
+    BEGUN = auto()  # it took the step; nothing that the step stages may be used yet
+    STAGED = auto()  # the model returned and the step's mirrors are in the arena; not sampled yet
+    DONE = auto()  # it finished the step: its share of the acceptance
+    FAILED = auto()  # the step raised there; it refuses further steps until it was re-formed
+    REFUSED = auto()  # it did not run the step: another epoch, or a step failed there before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """A rank's last word about a step; `at_s` is monotonic time."""
+
+    epoch: int
+    step: int
+    status: StampStatus
+    at_s: float
+
+
+class FaultPoint(StrEnum):
+    """Where a fault can strike."""
+
+    BEFORE_MODEL = "before_model"
+    AFTER_MODEL = "after_model"
+    BEFORE_SAMPLE = "before_sample"
+    AFTER_SAMPLE = "after_sample"
+    STAGED = "staged"
+    BEFORE_REPLY = "before_reply"
+    KEEPER_ENCODING = "keeper_encoding"  # in the keeper, with half of the parity written; rank 0
+
+
+class FaultAction(StrEnum):
+    """What strikes there."""
+
+    KILL = "kill"  # SIGKILL to itself
+    RAISE = "raise"  # an exception
+    HANG = "hang"  # nothing more is done, for ever
+    CORRUPT_PARITY = "corrupt_parity"  # a byte of parity is flipped once its checksum is taken
+    CORRUPT_MIRROR = "corrupt_mirror"  # a byte of a mirror is flipped once its checksum is taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """An armed fault: at `point` of `rank`, after it was passed `skip` times."""
+
+    point: FaultPoint
+    rank: int
+    action: FaultAction
+    skip: int
