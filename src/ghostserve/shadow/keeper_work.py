@@ -1,0 +1,151 @@
+"""What the keeper does with frames: encode stripes and wipe. Knows the pool and the jobs, no socket.
+
+Jobs come from another process, so everything about them is checked before a byte is touched. Nothing here
+raises for a job: what goes wrong is in its answer, is logged and counted, and the next job is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import zlib
+
+from ghostserve.arena.control import ControlPage, Counter, FaultAction, FaultPoint
+from ghostserve.arena.memfd import Segment
+from ghostserve.clock import sleep_s
+from ghostserve.codec.base import Bytes
+from ghostserve.codec.xor import XorCodec
+from ghostserve.errors import GhostserveError, ProtocolError
+from ghostserve.shadow.keeper_messages import Answer, EncodeDone, EncodeJob, Geometry, Job, WipeDone, WipeJob
+
+logger = logging.getLogger(__name__)
+
+KEEPER_RANK = 0  # under which faults at KEEPER_ENCODING are armed
+
+
+class KeeperWork:
+    """The keeper's hands: `configure` once, then `do` jobs one after the other."""
+
+    def __init__(self, *, pool: Segment, control: ControlPage) -> None:
+        self._pool = pool
+        self._control = control
+        self._geometry: Geometry | None = None
+        self._codec: XorCodec | None = None
+
+    def configure(self, geometry: Geometry) -> None:
+        """Take a geometry. ProtocolError if the pool has no room for it, UsageError if no code fits."""
+        self._pool.refresh()
+        needed = geometry.frames * geometry.frame_bytes
+        if needed > self._pool.size_bytes:
+            raise ProtocolError(
+                f"{geometry.frames} frames of {geometry.frame_bytes} bytes, pool of {self._pool.size_bytes}"
+            )
+        self._codec = XorCodec(geometry.ranks, geometry.parity_shards)
+        self._geometry = geometry
+
+    def do(self, job: Job) -> Answer:
+        """Do one job and say how it went."""
+        try:
+            if isinstance(job, WipeJob):
+                self._wipe(job)
+                return WipeDone(job=job.job)
+            return self._encode(job)
+        except ProtocolError as error:
+            logger.warning("job %d refused: %s", job.job, error)
+            reason = str(error)
+        except Exception as error:  # whatever it is, it concerns this job only
+            logger.exception("job %d failed", job.job)
+            reason = f"{type(error).__name__}: {error}"
+        self._control.add(Counter.SHADOW_ERRORS_TOTAL)
+        if isinstance(job, WipeJob):
+            return WipeDone(job=job.job, ok=False, reason=reason)
+        return EncodeDone(job=job.job, ok=False, reason=reason)
+
+    def _encode(self, job: EncodeJob) -> EncodeDone:
+        mirrors, parity, codec = self._stripe(job)
+        fault = self._control.take_fault(FaultPoint.KEEPER_ENCODING, KEEPER_RANK)
+        if fault is FaultAction.CORRUPT_MIRROR:
+            mirrors[0][0] ^= 1
+        bad = tuple(
+            rank
+            for rank, (mirror, checksum) in enumerate(zip(mirrors, job.checksums, strict=True))
+            if zlib.crc32(mirror.data) != checksum
+        )
+        if bad:
+            logger.error("block %d: the mirrors of ranks %s differ from their checksums", job.block, bad)
+            self._control.add(Counter.CHECKSUM_REFUSALS_TOTAL)
+            return EncodeDone(job=job.job, ok=False, bad_ranks=bad, reason="checksum of a mirror")
+        half = job.nbytes // 2
+        codec.encode([shard[:half] for shard in mirrors], [shard[:half] for shard in parity])
+        _strike(fault)
+        codec.encode([shard[half:] for shard in mirrors], [shard[half:] for shard in parity])
+        checksums = tuple(zlib.crc32(shard.data) for shard in parity)
+        if fault is FaultAction.CORRUPT_PARITY:
+            parity[0][0] ^= 1
+        self._control.add(Counter.ENCODE_BYTES_TOTAL, job.nbytes * len(mirrors))
+        return EncodeDone(job=job.job, ok=True, parity_checksums=checksums)
+
+    def _wipe(self, job: WipeJob) -> None:
+        geometry = self._known_geometry()
+        _check_frames(job.frames, geometry)
+        for first, count in _runs(sorted(job.frames)):
+            self._pool.punch(first * geometry.frame_bytes, count * geometry.frame_bytes)
+
+    def _stripe(self, job: EncodeJob) -> tuple[list[Bytes], list[Bytes], XorCodec]:
+        """The job's mirrors and parity, `nbytes` long each; ProtocolError if it asks for what cannot be."""
+        geometry = self._known_geometry()
+        codec = self._codec
+        assert codec is not None
+        if (len(job.mirrors), len(job.checksums), len(job.parity)) != (codec.n, codec.n, codec.m):
+            raise ProtocolError(
+                f"{len(job.mirrors)} mirrors, {len(job.checksums)} checksums and {len(job.parity)} parity "
+                f"frames; {codec.n}, {codec.n} and {codec.m} expected"
+            )
+        if not 0 < job.nbytes <= geometry.frame_bytes:
+            raise ProtocolError(f"{job.nbytes} bytes of frames of {geometry.frame_bytes}")
+        _check_frames((*job.mirrors, *job.parity), geometry)
+        return (
+            [self._shard(frame, job.nbytes) for frame in job.mirrors],
+            [self._shard(frame, job.nbytes) for frame in job.parity],
+            codec,
+        )
+
+    def _shard(self, frame: int, nbytes: int) -> Bytes:
+        start = frame * self._known_geometry().frame_bytes
+        return self._pool.array[start : start + nbytes]
+
+    def _known_geometry(self) -> Geometry:
+        if self._geometry is None:
+            raise ProtocolError("a job came before the geometry")
+        return self._geometry
+
+
+def _check_frames(frames: tuple[int, ...], geometry: Geometry) -> None:
+    if len(set(frames)) != len(frames) or not all(0 <= frame < geometry.frames for frame in frames):
+        raise ProtocolError(f"frames {frames[:16]}: twice, or not among {geometry.frames}")
+
+
+def _runs(frames: list[int]) -> list[tuple[int, int]]:
+    """(first, count) of each run of consecutive numbers; one system call wipes a run."""
+    runs: list[tuple[int, int]] = []
+    for frame in frames:
+        if runs and sum(runs[-1]) == frame:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((frame, 1))
+    return runs
+
+
+def _strike(fault: FaultAction | None) -> None:
+    """What a fault does to the keeper with half of the parity written."""
+    match fault:
+        case FaultAction.KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case FaultAction.HANG:
+            while True:
+                sleep_s(1.0)
+        case FaultAction.RAISE:
+            raise GhostserveError("a fault was armed")
+        case _:
+            pass
