@@ -1,0 +1,392 @@
+"""vLLM's multiprocess executor, with workers that can be replaced and steps that are committed.
+
+A step is sent, waited for, and accepted: its sampled result is here *and* every rank has stamped it DONE in the
+arena. Whatever goes wrong before is handed to the performer, which repairs the group in place; then the step is
+sent again. To the engine core above it is a slow step, nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import weakref
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+from vllm import envs
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+from vllm.utils.ompmultiprocessing import OMPProcessManager
+from vllm.utils.torch_utils import set_torch_threads_for_runtime
+from vllm.v1.executor.multiproc_executor import (
+    MultiprocExecutor,
+    WorkerProc,
+    set_multiprocessing_worker_envs,
+)
+
+from ghostserve.arena.control import LANE_ENGINE, ControlPage, StampStatus
+from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
+from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.engine import session
+from ghostserve.engine.guard import Guard
+from ghostserve.engine.leftovers import Leftovers
+from ghostserve.engine.limits import refuse_unsupported, refuse_unsupported_kv
+from ghostserve.engine.messages import SampleMessage, StepMessage
+from ghostserve.engine.monitor import Monitor
+from ghostserve.engine.perform import Outcome, Performer
+from ghostserve.engine.request_state import WorkersView
+from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent, Ring
+from ghostserve.engine.scheduler import FailedStep
+from ghostserve.engine.settings import Settings
+from ghostserve.engine.spawn import WorkerStart, fork_server, start_worker
+from ghostserve.engine.status import StatusWriter
+from ghostserve.shadow.manifest import Piece
+
+logger = logging.getLogger(__name__)
+
+STAMP_POLL_S = 0.0002
+
+
+@dataclass(slots=True, kw_only=True)
+class OpenStep:
+    """The step in flight. `sent` is what the workers got: the engine core's own, or less after rung 3."""
+
+    step: int
+    scheduler_output: Any
+    sent: Any
+    pieces: tuple[Piece, ...]
+    grammar_output: Any = None
+    sampling: bool = False
+
+
+class LazyFuture(Future[Any]):
+    """Waits, and recovers if it must, in the thread that asks for the result."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__()
+        self._run = run
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self.done():
+            try:
+                self.set_result(self._run())
+            except BaseException as error:
+                self.set_exception(error)
+        return super().result(timeout)
+
+
+class GhostExecutor(MultiprocExecutor):
+    """Executor for `--distributed-executor-backend ghostserve.engine.executor.GhostExecutor`."""
+
+    supports_pp = False
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        return False
+
+    # -- start and end ---------------------------------------------------------------------------------
+
+    def _init_executor(self) -> None:
+        refuse_unsupported(self.vllm_config)
+        self._finalizer = weakref.finalize(self, self.shutdown)
+        self.is_failed = False
+        self.failure_callback = None
+        self._get_parallel_sizes()
+        self.settings = Settings.from_environment()
+        self.leftovers = Leftovers()
+        self._connect_arena()
+        self._start_workers()
+        self.ring = Ring(self)
+        self.view = WorkersView()
+        self.kv_cache_configs: list[Any] = []
+        self.open_step: OpenStep | None = None
+        self._step = 0
+        self.performer = Performer(self)
+        self.monitor = Monitor(self)
+        self.monitor.start()
+        self.status = StatusWriter(self)
+
+    def _connect_arena(self) -> None:
+        address = os.environ[ARENA_ADDRESS_ENV]
+        segments = fetch_segments(address, timeout_s=self.settings.arena_timeout_s)
+        page = ControlPage(segments["control"], lane=LANE_ENGINE)
+        guard = Guard(
+            page=page,
+            segments=segments,
+            address=address,
+            limits=self.settings.guard_limits(self.vllm_config),
+            ranks=self.world_size,
+        )
+        self.session = session.Session(guard=guard, page=page)
+        session.start(self.session)
+
+    def _start_workers(self) -> None:
+        set_multiprocessing_worker_envs(self.local_world_size)
+        self.rpc_broadcast_mq = MessageQueue(
+            self.world_size,
+            self.local_world_size,
+            max_chunk_bytes=envs.VLLM_MQ_MAX_CHUNK_BYTES_MB * 1024 * 1024,
+        )
+        self._prepare_fork_server()
+        init_method = self.leftovers.init_method()
+        unready = []
+        try:
+            unready = [self.start_rank(rank, init_method, join_at=None) for rank in range(self.world_size)]
+            self.workers = WorkerProc.wait_for_ready(unready)
+            set_torch_threads_for_runtime()
+            self.response_mqs = [worker.worker_response_mq for worker in self.workers]
+            self.rpc_broadcast_mq.wait_until_ready()
+            for queue in self.response_mqs:
+                assert queue is not None
+                queue.wait_until_ready()
+        except BaseException:
+            for handle in unready:
+                if handle.death_writer is not None:
+                    handle.death_writer.close()
+                    handle.death_writer = None
+            self._ensure_worker_termination([handle.proc for handle in unready])
+            raise
+        self.note_segments()
+        self.futures_queue = deque()
+        self.output_rank = self._get_output_rank()
+
+    def _prepare_fork_server(self) -> None:
+        self._omp = OMPProcessManager(self.vllm_config)
+        cpus = self.cpus_of(0)
+        if cpus:
+            os.environ["OMP_NUM_THREADS"] = str(len(cpus))
+        self._context = fork_server(self.settings.preload_modules(self.vllm_config))
+        self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
+
+    def cpus_of(self, rank: int) -> tuple[int, ...]:
+        """CPUs that vLLM binds a rank to; empty where it binds none."""
+        lists = getattr(self._omp, "cpu_lists", None)
+        return tuple(lists[rank]) if lists else ()
+
+    def start_rank(self, rank: int, init_method: str, *, join_at: int | None) -> Any:
+        """Start a process for a rank; at the server's start, or in place of a lost one."""
+        assert self.rpc_broadcast_mq is not None
+        self.session.page.clear_marks(rank)
+        return start_worker(
+            self._context,
+            WorkerStart(
+                vllm_config=self.vllm_config,
+                rank=rank,
+                local_rank=rank,
+                init_method=init_method,
+                input_shm_handle=self.rpc_broadcast_mq.export_handle(),
+                shared_worker_lock=self._worker_lock,
+                is_driver_worker=self._is_driver_worker(rank),
+                join_at=join_at,
+                cpus=self.cpus_of(rank),
+            ),
+        )
+
+    def note_segments(self) -> None:
+        """Remember what named shared memory vLLM made, and whose it is."""
+        assert self.rpc_broadcast_mq is not None
+        self.leftovers.note(os.getpid(), self.rpc_broadcast_mq.buffer.shared_memory.name)
+        for worker in self.workers:
+            self.leftovers.note_all(worker.proc.pid)
+
+    def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
+        for config in kv_cache_configs:
+            refuse_unsupported_kv(config)
+        self.kv_cache_configs = kv_cache_configs
+        super().initialize_from_config(kv_cache_configs)
+
+    def compile_or_warm_up_model(self) -> None:
+        super().compile_or_warm_up_model()
+        layouts = self.collective_rpc("ghost_layout")
+        geometry = self.session.guard.configure(layouts)
+        self.collective_rpc("ghost_map", args=(geometry,))
+        self.status.start()
+
+    def start_worker_monitor(self, inline: bool = False) -> None:
+        """Ours is another: a death is repaired, not the end."""
+
+    def shutdown(self) -> None:
+        if not getattr(self, "shutting_down", False):
+            for part in ("monitor", "status"):
+                if hasattr(self, part):
+                    getattr(self, part).stop()
+            if hasattr(self, "session"):
+                self.session.guard.close()
+        super().shutdown()
+
+    # -- the step --------------------------------------------------------------------------------------
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        with self.session.lock:
+            self._step += 1
+            self.open_step = OpenStep(
+                step=self._step,
+                scheduler_output=scheduler_output,
+                sent=scheduler_output,
+                pieces=getattr(scheduler_output, "ghost_pieces", ()),
+            )
+            self._send_step(self.open_step)
+        future = LazyFuture(self._complete)
+        return future if non_block else future.result()
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        with self.session.lock:
+            step = self.open_step
+            assert step is not None, "sample_tokens without a step"
+            step.grammar_output, step.sampling = grammar_output, True
+            self._send_sample(step)
+        future = LazyFuture(self._complete)
+        return future if non_block else future.result()
+
+    def _send_step(self, step: OpenStep) -> None:
+        message = StepMessage(
+            epoch=self.performer.epoch, step=step.step, scheduler_output=step.sent, pieces=step.pieces
+        )
+        self.ring.send("ghost_step", message, reply_rank=self.output_rank, gone=self.ring.dead())
+
+    def _send_sample(self, step: OpenStep) -> None:
+        message = SampleMessage(
+            epoch=self.performer.epoch, step=step.step, grammar_output=step.grammar_output
+        )
+        self.ring.send("ghost_sample", message, reply_rank=self.output_rank, gone=self.ring.dead())
+
+    def _complete(self) -> Any:
+        """Bring the open step through its present stage, repairing as often as the performer allows."""
+        with self.session.lock:
+            step = self.open_step
+            assert step is not None
+            send_again = False
+            while True:
+                try:
+                    return self._run_stage(step, send_again=send_again)
+                except (RanksDied, RankRaised, RankSilent) as failure:
+                    outcome = self.performer.recover(failure)
+                    if outcome is Outcome.STEP_FAILED:
+                        self.open_step = None
+                        return _failed(step.scheduler_output)
+                    send_again = True
+
+    def _run_stage(self, step: OpenStep, *, send_again: bool) -> Any:
+        if send_again:
+            self._send_step(step)
+        output = self._wait_for_step() if send_again or not step.sampling else None
+        if output is None and step.sampling:
+            if send_again:
+                self._send_sample(step)
+            output = self._wait_for_step()
+        if output is not None:
+            self._accept(step, output)
+        return output
+
+    def _wait_for_step(self) -> Any:
+        return self.ring.wait_for_reply(
+            self.output_rank,
+            deadline_s=monotonic_s() + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+            failed=self._failed_rank,
+            expect_alive=range(self.world_size),
+        )
+
+    def _failed_rank(self) -> int | None:
+        """A rank whose stamp says that the open step failed there."""
+        assert self.open_step is not None
+        for rank in range(self.world_size):
+            stamp = self.session.page.read_stamp(rank)
+            if stamp.status is StampStatus.FAILED and (stamp.epoch, stamp.step) == self._open_id():
+                return rank
+        return None
+
+    def _open_id(self) -> tuple[int, int]:
+        assert self.open_step is not None
+        return self.performer.epoch, self.open_step.step
+
+    def _accept(self, step: OpenStep, output: Any) -> None:
+        """The commit rule: result in hand and every rank's stamp in the arena."""
+        self._wait_for_stamps()
+        epoch = self.performer.epoch
+        self.view.accept(step.sent, output)
+        self.session.guard.commit(epoch=epoch, step=step.step, pieces=step.pieces)
+        self.open_step = None
+        self.performer.step_accepted()
+
+    def _wait_for_stamps(self) -> None:
+        page, expected = self.session.page, self._open_id()
+        deadline_s = monotonic_s() + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
+        for rank in range(self.world_size):
+            while True:
+                stamp = page.read_stamp(rank)
+                if (stamp.epoch, stamp.step) == expected and stamp.status is StampStatus.DONE:
+                    break
+                if (failed := self._failed_rank()) is not None:
+                    raise RankRaised(failed, f"rank {failed} failed its step")
+                if died := self.ring.dead():
+                    raise RanksDied(died, f"rank {sorted(died)} died before its stamp")
+                if monotonic_s() > deadline_s:
+                    raise RankSilent(frozenset({rank}), f"rank {rank} did not stamp step {expected[1]}")
+                sleep_s(STAMP_POLL_S)
+
+    # -- other calls -----------------------------------------------------------------------------------
+
+    def collective_rpc(  # type: ignore[override]
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+        unique_reply_rank: int | None = None,
+        **aggregators: Any,
+    ) -> Any:
+        """vLLM's RPC, bounded. A rank that dies meanwhile is replaced and the call made once more."""
+        with self.session.lock:
+            try:
+                results = self._call(method, timeout, args, kwargs or {}, unique_reply_rank)
+            except RanksDied as failure:
+                if self.session.scheduler is None:
+                    raise RuntimeError(f"a worker ended while the server was starting: {failure}") from None
+                self.performer.recover(failure)
+                results = self._call(method, timeout, args, kwargs or {}, unique_reply_rank)
+        if not non_block:
+            return results
+        future: Future[Any] = Future()
+        future.set_result(results)
+        return future
+
+    def _call(
+        self, method: Any, timeout: float | None, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int | None
+    ) -> Any:
+        assert self.rpc_broadcast_mq is not None
+        name = method if isinstance(method, str) else cloudpickle.dumps(method)
+        self.rpc_broadcast_mq.enqueue((name, args, kwargs, rank))
+        ranks = range(self.world_size) if rank is None else [rank]
+        try:
+            replies = self.ring.collect(ranks, timeout_s=math.inf if timeout is None else timeout)
+        except RankRaised as failure:
+            raise RuntimeError(f"Worker failed with error '{failure.reason}'") from None
+        except RankSilent as failure:
+            raise TimeoutError(f"RPC call to {method} timed out.") from failure
+        return list(replies.values()) if rank is None else replies[rank]
+
+    def give_up(self, reason: str) -> None:
+        """The group cannot be repaired: clients get an error and the process ends."""
+        logger.critical("giving up: %s", reason)
+        self.status.failed = reason
+        self.status.write()
+        self.is_failed = True
+        callback, self.failure_callback = self.failure_callback, None
+        if callback is not None:
+            callback()
+
+
+def _failed(scheduler_output: Any) -> FailedStep:
+    """Stands for the step's output; the scheduler ends its requests with an error."""
+    names = list(scheduler_output.num_scheduled_tokens)
+    return FailedStep(
+        req_ids=names,
+        req_id_to_index={name: index for index, name in enumerate(names)},
+        sampled_token_ids=[[] for _ in names],
+    )
+
+

@@ -1,0 +1,68 @@
+"""Leaving a broken collective and forming process groups anew: one seam for every kind of collective.
+
+The groups a rank belongs to live in module globals of vLLM's `parallel_state`. vLLM has functions that destroy
+them, but these assume healthy groups and stop at the first error; re-forming also needs the group-name counter
+to start over, so that a group's unique name (embedded in compiled graphs) is the same as before.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from typing import Any
+
+import torch.distributed as dist
+from vllm.config import set_current_vllm_config
+from vllm.distributed import parallel_state
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+
+logger = logging.getLogger(__name__)
+
+# Names of parallel_state's module globals that hold a group; a test fails when vLLM has others.
+GROUP_GLOBALS = ("_TP", "_ETP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB", "_WORLD", "_NODE_COUNT")
+
+
+def leave_groups() -> None:
+    """Drop every process group. Peers blocked in a collective with us see the connection close, and leave too."""
+    for destroy in (parallel_state.destroy_model_parallel, parallel_state.destroy_distributed_environment):
+        try:
+            destroy()
+        except Exception as error:  # a broken group may fail anywhere; it is going away
+            logger.debug("while leaving a broken group: %s", error)
+    for name in GROUP_GLOBALS:
+        setattr(parallel_state, name, None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    parallel_state._group_name_counter.clear()
+
+
+def form_groups(
+    vllm_config: Any, *, rank: int, local_rank: int, init_method: str, timeout_s: float
+) -> None:
+    """Rendezvous with the other ranks at `init_method`; all of them must call this within `timeout_s`.
+
+    The time-out bounds the rendezvous only: afterwards collectives get back the configured one.
+    """
+    parallel = vllm_config.parallel_config
+    configured = parallel.distributed_timeout_seconds
+    parallel.distributed_timeout_seconds = timeout_s
+    try:
+        with set_current_vllm_config(vllm_config):
+            init_worker_distributed_environment(
+                vllm_config, rank, init_method, local_rank, current_platform.dist_backend
+            )
+    finally:
+        parallel.distributed_timeout_seconds = configured
+    set_collective_timeout(configured)
+
+
+def set_collective_timeout(timeout_s: float | None) -> None:
+    """Bound every collective of every group of this process."""
+    limit = datetime.timedelta(seconds=timeout_s) if timeout_s else dist.default_pg_timeout
+    for name in GROUP_GLOBALS:
+        coordinator = getattr(parallel_state, name, None)
+        for attribute in ("cpu_group", "device_group"):
+            group = getattr(coordinator, attribute, None)
+            if group is not None:
+                dist.distributed_c10d._set_pg_timeout(limit, group)

@@ -1,0 +1,112 @@
+"""What vLLM leaves behind when its processes are killed: shared-memory segments and socket files.
+
+Every server has a run directory, named by the pid and start time of its front process. vLLM's sockets and our
+rendezvous files live in it; named segments are noted in it with their owner. It is removed at the server's end,
+and swept at the next start by whoever finds its owner dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import psutil
+
+RUN_DIRECTORY_ENV = "GHOSTSERVE_RUN_DIRECTORY"
+_PREFIX = "ghostserve-"
+_SEGMENTS = "segments.jsonl"
+_SHM = Path("/dev/shm")
+
+
+def run_root() -> Path:
+    """Where run directories are made: the user's runtime directory, or the temporary one."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) if runtime and os.access(runtime, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def make_run_directory() -> Path:
+    """A directory of this process's own, mode 0700; sweeps those of dead servers first."""
+    sweep()
+    directory = run_root() / f"{_PREFIX}{os.getpid()}-{_start_time(os.getpid())}"
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+def remove_run_directory(directory: Path) -> None:
+    """Remove a server's directory and every segment noted in it."""
+    for segment in _noted(directory):
+        (_SHM / segment["name"]).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove what servers left whose front process is gone."""
+    for directory in run_root().glob(f"{_PREFIX}*-*"):
+        pid, _, started = directory.name.removeprefix(_PREFIX).partition("-")
+        if pid.isdigit() and directory.is_dir() and _start_time(int(pid)) != started:
+            with contextlib.suppress(OSError):
+                if directory.stat().st_uid == os.getuid():
+                    remove_run_directory(directory)
+
+
+def _start_time(pid: int) -> str:
+    """Clock ticks since boot at which a process started; with the pid it names a process for good."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "gone"
+    return fields[19]
+
+
+def _noted(directory: Path) -> Iterator[dict[str, str]]:
+    with contextlib.suppress(OSError):
+        for line in (directory / _SEGMENTS).read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+
+class Leftovers:
+    """Notes named segments with their owner, and removes those of a killed one."""
+
+    def __init__(self) -> None:
+        directory = os.environ.get(RUN_DIRECTORY_ENV)
+        self._directory = Path(directory) if directory else None
+        self._segments: dict[int, set[str]] = {}
+
+    def note(self, pid: int, name: str) -> None:
+        """`name` in /dev/shm belongs to process `pid`."""
+        name = name.lstrip("/")
+        if name in self._segments.setdefault(pid, set()):
+            return
+        self._segments[pid].add(name)
+        if self._directory is not None:
+            with contextlib.suppress(OSError), (self._directory / _SEGMENTS).open("a") as notes:
+                notes.write(json.dumps({"name": name, "pid": pid, "start_time": _start_time(pid)}) + "\n")
+
+    def note_all(self, pid: int) -> None:
+        """Note every named segment that a process maps and that vLLM's queues made."""
+        with contextlib.suppress(psutil.Error):
+            for mapping in psutil.Process(pid).memory_maps():
+                if mapping.path.startswith(f"{_SHM}/psm_"):
+                    self.note(pid, mapping.path.removeprefix(f"{_SHM}/"))
+
+    def remove_of(self, pid: int) -> None:
+        """The process was killed: unlink the segments that only it owned."""
+        others = {name for owner, names in self._segments.items() if owner != pid for name in names}
+        for name in self._segments.pop(pid, set()) - others:
+            with contextlib.suppress(OSError):
+                (_SHM / name).unlink()
+                resource_tracker.unregister(f"/{name}", "shared_memory")
+
+    def init_method(self) -> str | None:
+        """A rendezvous file in the run directory, for one formation of the groups."""
+        if self._directory is None:
+            return None
+        name = next(tempfile._get_candidate_names())  # type: ignore[attr-defined]
+        return f"file://{self._directory}/groups-{name}"

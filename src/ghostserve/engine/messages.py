@@ -1,0 +1,115 @@
+"""What crosses between the engine core and its ranks over vLLM's message ring. Frozen, and pickled as is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ghostserve.shadow.manifest import Piece
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMessage:
+    """Run one step. `scheduler_output` is vLLM's own; `pieces` says what to mirror once it has run."""
+
+    epoch: int
+    step: int
+    scheduler_output: Any
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleMessage:
+    """Sample the tokens of a step that has run."""
+
+    epoch: int
+    step: int
+    grammar_output: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaGeometry:
+    """How the arena is cut up; known once every rank's KV layout is."""
+
+    frame_bytes: int
+    frames: int
+    staging_ring: int
+    staging_record_bytes: int
+    layout_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLayout:
+    """What a rank says of its KV memory."""
+
+    rank: int
+    pid: int
+    fingerprint: str
+    frame_bytes: int
+    block_sizes: tuple[int, ...]
+    slot_bytes: tuple[int, ...]
+    kv_bytes: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSnapshot:
+    """One request as every worker knew it before the step that failed.
+
+    `new_data` is the NewRequestData it was introduced with; `in_batch` tells whether it occupies a row.
+    """
+
+    new_data: Any
+    block_ids: tuple[list[int], ...]
+    computed_tokens: int
+    output_token_ids: list[int]
+    in_batch: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateMessage:
+    """Roll every rank to the same request state. `requests` are in row order; `random_state` is a
+    `RandomState.encode()` record, or None to keep each rank's own (a negative control)."""
+
+    epoch: int
+    requests: list[RequestSnapshot]
+    random_state: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRestore:
+    """How a lost rank gets one block back.
+
+    From a mirror: `frame` is its packed log. From parity: `frame` is None, `parity` the parity frames and
+    `survivors` the frames into which each surviving rank exports its live block.
+    `checksum` covers the log of the lost rank up to `slots`.
+    """
+
+    block: int
+    group: int
+    slots: int
+    checksum: int
+    frame: int | None
+    parity: tuple[int, ...] = ()
+    survivors: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreReport:
+    """Counted by the process that wrote the bytes."""
+
+    blocks_from_mirrors: int
+    blocks_from_parity: int
+    bytes_rebuilt: int
+    refused: tuple[int, ...]  # blocks whose checksum did not hold
+    different_blocks: tuple[int, ...] = ()  # only with the debug copy: written slots that differ from the lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinMessage:
+    """A newcomer's start-up after its groups and weights: what the survivors did when the server started."""
+
+    newcomers: frozenset[int]
+    kv_cache_configs: list[Any]
+    geometry: ArenaGeometry | None
+    warm_up: bool

@@ -1,0 +1,347 @@
+"""Performs what the recovery machine decides, one action at a time, under the session's lock.
+
+    machine (pure)                      here
+    Fence(ranks)            ──▶  SIGKILL and reap
+    RaiseEpoch(e)           ──▶  control page
+    Run(leave)              ──▶  drain stale replies: survivors are back in their message loop
+    Run(spawn, regroup, weights) ▶ newcomers start while survivors wait for them at a new rendezvous
+    Run(state, kv)          ──▶  newcomers get KV memory; all roll back; lost blocks come back
+    RetryStep / FailStep / Resume ▶ back to the executor
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from typing import Any
+
+from vllm.config import CompilationMode
+from vllm.v1.executor.multiproc_executor import WorkerProc
+
+from ghostserve.arena.control import Counter, Mark
+from ghostserve.clock import monotonic_s
+from ghostserve.engine.messages import JoinMessage
+from ghostserve.engine.rebuild import Rebuild, RebuildResult
+from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
+from ghostserve.errors import EngineLost
+from ghostserve.recovery.machine import (
+    Event,
+    FailStep,
+    Fence,
+    GiveUp,
+    PhaseDone,
+    PhaseFailed,
+    RaiseEpoch,
+    RanksLost,
+    RecoveryMachine,
+    Resume,
+    RetryStep,
+    Run,
+    StepAccepted,
+    StepRaised,
+)
+from ghostserve.recovery.report import PhaseClock, RecoveryReport
+from ghostserve.types import Phase, RecoveryPath
+
+logger = logging.getLogger(__name__)
+
+
+class Outcome(Enum):
+    """What the executor does after a recovery."""
+
+    RETRY = "retry"  # send the open step again, if there is one
+    STEP_FAILED = "step failed"  # its requests get an error
+
+
+class Performer:
+    """Drives one machine over one executor's processes."""
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+        self._page = executor.session.page
+        self._config = executor.settings.config
+        self._machine = RecoveryMachine(
+            executor.world_size,
+            self._config.parity_shards,
+            max_attempts=self._config.recovery_attempts,
+        )
+        self._report: _OpenReport | None = None
+        self.reports: list[RecoveryReport] = []
+        self.phase: Phase | None = None
+
+    @property
+    def epoch(self) -> int:
+        return self._machine.epoch
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Ranks that are being replaced now."""
+        return self._machine.lost
+
+    # -- called by the executor and the monitor --------------------------------------------------------
+
+    def recover(self, failure: RanksDied | RankRaised | RankSilent) -> Outcome:
+        """Repair the group. Raises EngineLost when all attempts are used up."""
+        if self._report is None:
+            self._open_report(failure)
+        elif isinstance(failure, RanksDied | RankSilent):
+            self._report.lose(failure.ranks, self._executor.workers)
+        event: Event | None = self._event_of(failure)
+        while event is not None:
+            actions = self._machine.handle(event, monotonic_s())
+            event = None
+            for action in actions:
+                match action:
+                    case Fence(ranks=ranks):
+                        self._fence(ranks)
+                    case RaiseEpoch(epoch=epoch):
+                        self._page.epoch = epoch
+                        logger.warning("epoch %d: %s", epoch, self._report.reason if self._report else "")
+                    case Run():
+                        event = self._run(action)
+                    case RetryStep():
+                        self.phase = Phase.RETRY
+                        return Outcome.RETRY
+                    case Resume():
+                        self._close_report(ok=True)
+                        return Outcome.RETRY
+                    case FailStep(reason=reason):
+                        logger.error("the step is given up, its requests get an error: %s", reason)
+                        self._close_report(ok=False)
+                        return Outcome.STEP_FAILED
+                    case GiveUp(reason=reason):
+                        self._close_report(ok=False)
+                        self._executor.give_up(reason)
+                        raise EngineLost(reason)
+            if event is None and actions == []:
+                event = self._next_done()
+        raise EngineLost("the recovery machine ended without a decision")
+
+    def step_accepted(self) -> None:
+        """A step was accepted; the end of a recovery if one was waiting for it."""
+        self._machine.handle(StepAccepted(self.epoch), monotonic_s())
+        if self._report is not None:
+            self._close_report(ok=True)
+
+    # -- events ----------------------------------------------------------------------------------------
+
+    def _event_of(self, failure: RanksDied | RankRaised | RankSilent) -> Event:
+        in_flight = self._executor.open_step is not None
+        if isinstance(failure, RankRaised):
+            ranks = frozenset({self._first_to_fail(failure.rank)})
+            return StepRaised(ranks=ranks, reason=failure.reason.splitlines()[0], epoch=self.epoch)
+        return RanksLost(
+            ranks=failure.ranks, reason=failure.reason, epoch=self.epoch, step_in_flight=in_flight
+        )
+
+    def _first_to_fail(self, rank: int) -> int:
+        """Whose own error it was: the first to stamp FAILED; peers fail because it left."""
+        stamps = {r: self._page.read_stamp(r) for r in range(self._executor.world_size)}
+        failed = {
+            r: stamp.at_s for r, stamp in stamps.items() if stamp.status.name == "FAILED" and stamp.epoch == self.epoch
+        }
+        return min(failed, key=lambda r: failed[r]) if failed else rank
+
+    def _run(self, run: Run) -> Event:
+        """Perform a group of phases; the event that tells how it went."""
+        self._pending = list(run.phases)
+        self.phase = run.phases[0]
+        try:
+            if Phase.LEAVE in run.phases:
+                self._leave()
+            elif Phase.REGROUP in run.phases:
+                self._regroup()
+            else:
+                self._restore()
+        except (RanksDied, RankSilent) as failure:
+            return RanksLost(ranks=failure.ranks, reason=failure.reason, epoch=run.epoch)
+        except RankRaised as failure:
+            logger.error("%s failed on rank %d: %s", self.phase.value, failure.rank, failure.reason)
+            return PhaseFailed(
+                phase=self.phase, reason=failure.reason.splitlines()[0], epoch=run.epoch
+            )
+        return self._next_done_or_fail(run)
+
+    def _next_done_or_fail(self, run: Run) -> Event:
+        return PhaseDone(self._pending.pop(0), run.epoch)
+
+    def _next_done(self) -> Event | None:
+        """The machine waits for the other phases of the group; they are done as well."""
+        if not self._pending:
+            return None
+        return PhaseDone(self._pending.pop(0), self.epoch)
+
+    # -- phases ----------------------------------------------------------------------------------------
+
+    def _fence(self, ranks: frozenset[int]) -> None:
+        for rank in ranks:
+            worker = self._executor.workers[rank]
+            if worker.proc.is_alive():
+                worker.proc.kill()
+            worker.proc.join(timeout=self._config.leave_timeout)
+            if worker.death_writer is not None:
+                worker.death_writer.close()
+                worker.death_writer = None
+            self._executor.leftovers.remove_of(worker.proc.pid)
+        self._mark(Phase.FENCE)
+
+    def _leave(self) -> None:
+        """Survivors leave the broken collective; a rank that cannot is lost too."""
+        survivors = self._survivors()
+        silent = self._executor.ring.drain(
+            survivors, gone=self.lost, timeout_s=self._config.leave_timeout
+        )
+        if silent:
+            raise RankSilent(silent, f"ranks {sorted(silent)} did not leave the broken group in time")
+        self._executor.ring.ask(
+            "ghost_leave", ranks=survivors, gone=self.lost, timeout_s=self._config.leave_timeout
+        )
+        self._mark(Phase.LEAVE)
+
+    def _regroup(self) -> None:
+        """Newcomers start, survivors wait for them at a new rendezvous, weights are loaded."""
+        executor, lost, survivors = self._executor, self.lost, self._survivors()
+        ring, timeout_s = executor.ring, self._config.start_timeout
+        init_method = executor.leftovers.init_method()
+        # Newcomers join the ring behind this message, so it is sent before they start.
+        ring.send("ghost_regroup", init_method, timeout_s, gone=lost)
+        join_at = executor.rpc_broadcast_mq.current_idx
+        started_s = monotonic_s()
+        unready = {rank: executor.start_rank(rank, init_method, join_at=join_at) for rank in sorted(lost)}
+        for rank, handle in unready.items():
+            self._await_ready(rank, handle, deadline_s=started_s + timeout_s)
+        for worker in (executor.workers[rank] for rank in unready):
+            worker.worker_response_mq.wait_until_ready()
+        ring.collect(survivors, timeout_s=timeout_s)
+        executor.note_segments()
+        self._mark_start(lost, started_s)
+
+    def _await_ready(self, rank: int, handle: Any, *, deadline_s: float) -> None:
+        """A newcomer's READY, bounded; it takes the rank from here on."""
+        executor = self._executor
+        executor.workers[rank].proc = handle.proc  # what a fence would have to kill
+        executor.workers[rank].death_writer = handle.death_writer
+        while not handle.ready_pipe.poll(0.02):
+            if not handle.proc.is_alive():
+                raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} ended while starting")
+            if died := executor.ring.dead() - self.lost:
+                raise RanksDied(died, f"rank {sorted(died)} died during the regroup")
+            if monotonic_s() > deadline_s:
+                raise RankSilent(
+                    frozenset({rank}), f"the replacement of rank {rank} was not ready in time"
+                )
+        try:
+            worker = WorkerProc.wait_for_ready([handle])[0]
+        except Exception as error:
+            raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} failed: {error}") from None
+        executor.workers[rank] = worker
+        executor.response_mqs[rank] = worker.worker_response_mq
+
+    def _mark_start(self, lost: frozenset[int], started_s: float) -> None:
+        """Charge the concurrent start by what the slowest newcomer noted down."""
+        if self._report is None:
+            return
+        marks = [self._page.marks(rank) for rank in lost]
+        for phase, mark in ((Phase.SPAWN, Mark.IMPORTS_DONE), (Phase.REGROUP, Mark.GROUPS_READY)):
+            times = [found[mark] for found in marks if mark in found]
+            self._report.clock.mark(phase, max(times, default=monotonic_s()))
+        self._mark(Phase.WEIGHTS if lost else Phase.REGROUP)
+
+    def _restore(self) -> None:
+        executor, every = self._executor, range(self._executor.world_size)
+        if self.lost:
+            message = JoinMessage(
+                newcomers=self.lost,
+                kv_cache_configs=executor.kv_cache_configs,
+                geometry=executor.session.guard.geometry,
+                warm_up=self._compiled(),
+            )
+            executor.ring.ask(
+                "ghost_join", message, ranks=every, timeout_s=self._config.restore_timeout
+            )
+        rebuild = Rebuild(executor, lost=self.lost, epoch=self.epoch)
+        rebuild.roll_back(timeout_s=self._config.restore_timeout)
+        self._mark(Phase.STATE)
+        if Phase.KV in self._pending:
+            self.phase = Phase.KV
+            result = rebuild.restore_kv(timeout_s=self._config.restore_timeout)
+            if self._report is not None:
+                self._report.add(result)
+            self._mark(Phase.KV)
+
+    def _compiled(self) -> bool:
+        return bool(self._executor.vllm_config.compilation_config.mode != CompilationMode.NONE)
+
+    def _survivors(self) -> list[int]:
+        return [rank for rank in range(self._executor.world_size) if rank not in self.lost]
+
+    # -- reporting -------------------------------------------------------------------------------------
+
+    def _open_report(self, failure: RanksDied | RankRaised | RankSilent) -> None:
+        now_s = monotonic_s()
+        noticed_s = self._executor.monitor.noticed_at_s
+        self._report = _OpenReport(
+            clock=PhaseClock(min(noticed_s, now_s) if noticed_s is not None else now_s),
+            reason=str(failure),
+        )
+        if isinstance(failure, RanksDied | RankSilent):
+            self._report.lose(failure.ranks, self._executor.workers)
+        self._page.add(Counter.FAILURES_TOTAL)
+        self._report.clock.mark(Phase.DETECT, now_s)
+        self._executor.status.write()
+
+    def _mark(self, phase: Phase) -> None:
+        if self._report is not None:
+            self._report.clock.mark(phase, monotonic_s())
+        self._executor.status.write()
+
+    def _close_report(self, *, ok: bool) -> None:
+        report, self._report, self.phase = self._report, None, None
+        self._executor.monitor.noticed_at_s = None
+        if report is None:
+            return
+        report.clock.mark(Phase.RETRY, monotonic_s())
+        finished = report.close(epoch=self.epoch, ok=ok)
+        self.reports.append(finished)
+        del self.reports[:-16]
+        self._page.add(Counter.RECOVERIES_TOTAL)
+        logger.warning("recovered: %s", finished.to_json())
+        self._executor.status.write()
+
+
+class _OpenReport:
+    """Collects what a recovery did until it ends."""
+
+    def __init__(self, *, clock: PhaseClock, reason: str) -> None:
+        self.clock = clock
+        self.reason = reason
+        self.lost_ranks: tuple[int, ...] = ()
+        self.lost_pids: tuple[int, ...] = ()
+        self.result = RebuildResult()
+
+    def lose(self, ranks: frozenset[int], workers: Any) -> None:
+        """These ranks' processes are lost, now or on the way."""
+        self.lost_ranks += tuple(sorted(ranks))
+        self.lost_pids += tuple(workers[rank].proc.pid for rank in sorted(ranks))
+
+    def add(self, result: RebuildResult) -> None:
+        """What one pass restored; a pass that was cut short and repeated counts twice, as its work did."""
+        self.result = self.result.plus(result)
+
+    def close(self, *, epoch: int, ok: bool) -> RecoveryReport:
+        result = self.result
+        return RecoveryReport(
+            epoch=epoch,
+            lost_ranks=self.lost_ranks,
+            lost_pids=self.lost_pids,
+            path=RecoveryPath.RECOMPUTE if result.requests_recomputed else RecoveryPath.REBUILD,
+            ok=ok,
+            reason=self.reason,
+            phases_ms=self.clock.phases_ms,
+            total_ms=self.clock.total_ms,
+            kv_blocks_from_parity=result.blocks_from_parity,
+            kv_blocks_from_mirrors=result.blocks_from_mirrors,
+            kv_bytes_rebuilt=result.bytes_rebuilt,
+            tokens_recomputed=result.tokens_recomputed,
+            requests_recomputed=result.requests_recomputed,
+        )

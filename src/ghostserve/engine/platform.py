@@ -1,0 +1,22 @@
+"""vLLM platform plugin: the CPU platform with collectives that fail when a peer dies.
+
+vLLM's shared-memory collectives on CPU spin for ever when a peer dies; gloo's connections break within
+milliseconds. Active only in processes started by ghostserve, so plain vLLM beside us stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+
+PLATFORM_ENV = "GHOSTSERVE_PLATFORM"
+
+
+def register() -> str | None:
+    """Entry point of the `vllm.platform_plugins` group. None: not ours to decide."""
+    if os.environ.get(PLATFORM_ENV) != "1":
+        return None
+    from vllm.platforms import cpu_platform_plugin
+
+    if cpu_platform_plugin() is None:
+        return None
+    return "ghostserve.engine.platform_cpu.GhostCpuPlatform"

@@ -1,0 +1,13 @@
+"""Imported once by the fork server, so that a replacement starts with its imports done.
+
+Must start no thread and touch no device: what is imported here is inherited by every worker.
+"""
+
+import vllm.v1.worker.cpu_model_runner
+import vllm.v1.worker.gpu_worker  # noqa: F401
+from vllm.platforms import current_platform
+
+import ghostserve.engine.spawn
+import ghostserve.engine.worker  # noqa: F401
+
+current_platform.import_kernels()

@@ -1,0 +1,90 @@
+"""Finds the slot maps by writing a scratch block through each layer's own KV write.
+
+Runs once, before the first request and in every newcomer before its KV is restored. The scratch block is
+vLLM's null block 0, which never holds data; it is left as it was found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ghostserve.errors import UnsupportedError
+from ghostserve.shadow.layout import probe_bits, probe_values, slot_words
+from ghostserve.shadow.mirror import GroupMap, Mirror
+
+SCRATCH_BLOCK = 0
+
+
+def kv_storage(runner: Any) -> torch.UntypedStorage:
+    """The one allocation behind every layer's KV. Raises UnsupportedError if there are several."""
+    storages = {cache.untyped_storage().data_ptr() for cache in runner.kv_caches}
+    if len(storages) != 1:
+        raise UnsupportedError(
+            f"KV cache lives in {len(storages)} allocations, one is expected; run with --protection none"
+        )
+    storage: torch.UntypedStorage = runner.kv_caches[0].untyped_storage()
+    return storage
+
+
+def probe(runner: Any, kv_cache_config: Any, layers: dict[str, Any]) -> tuple[torch.Tensor, tuple[GroupMap, ...]]:
+    """Word view of the KV memory and one slot map per KV group.
+
+    `layers` maps layer names to vLLM's attention layers with their KV bound.
+    """
+    storage = kv_storage(runner)
+    word_bytes = min(cache.element_size() for cache in runner.kv_caches)
+    kv = Mirror.words_of(storage, word_bytes, runner.device)
+    placement = {name: tensor for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers}
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        words, strides = [], []
+        for name in group.layer_names:
+            if name not in placement:
+                continue  # shares another layer's KV: same bytes, already mapped
+            tensor = placement[name]
+            first = tensor.offset + tensor.layers.index(name) * tensor.layer_stride
+            page_bytes = min(tensor.block_stride, tensor.layer_stride)
+            page = kv[first // word_bytes : (first + page_bytes) // word_bytes]
+            found = _probe_layer(layers[name], page, group.kv_cache_spec.block_size) + first // word_bytes
+            words.append(found)
+            strides.append(np.full(found.shape[1], tensor.block_stride // word_bytes, dtype=np.int64))
+        groups.append(
+            GroupMap(
+                words=torch.from_numpy(np.concatenate(words, axis=1)).to(runner.device),
+                stride_words=torch.from_numpy(np.concatenate(strides)).to(runner.device),
+            )
+        )
+    return kv, tuple(groups)
+
+
+def _probe_layer(layer: Any, page: torch.Tensor, block_size: int) -> npt.NDArray[np.int64]:
+    """Word offsets of every slot within `page`, a layer's bytes of the scratch block. [block_size, words]."""
+    cache = layer.kv_cache
+    before = page.clone()
+    try:
+        page.zero_()
+        used = _plane(layer, cache, page, probe_values(block_size, None))
+        planes = []
+        for bit in range(probe_bits(block_size)):
+            page.zero_()
+            planes.append(_plane(layer, cache, page, probe_values(block_size, bit)))
+    finally:
+        page.copy_(before)
+    return slot_words(used, planes, block_size=block_size)
+
+
+def _plane(
+    layer: Any, cache: torch.Tensor, page: torch.Tensor, values: npt.NDArray[np.float32]
+) -> npt.NDArray[np.bool_]:
+    """Write `values[slot]` into every K and V element of each slot; which words are not zero then."""
+    slots = len(values)
+    ones = torch.from_numpy(values).to(device=cache.device, dtype=layer.dtype)
+    key = ones.view(slots, 1, 1).expand(slots, layer.num_kv_heads, layer.head_size).contiguous()
+    value = ones.view(slots, 1, 1).expand(slots, layer.num_kv_heads, layer.head_size_v).contiguous()
+    slot_mapping = torch.arange(slots, dtype=torch.int64, device=cache.device) + SCRATCH_BLOCK * slots
+    layer.impl.do_kv_cache_update(layer, key, value, cache, slot_mapping)
+    return (page != 0).cpu().numpy()

@@ -1,0 +1,81 @@
+"""The random-number states a rank holds, captured and put back as one record.
+
+A rank that is rebuilt must draw what the lost one would have drawn. torch's default generator serves unseeded
+requests (equal on all ranks only because they draw in lockstep), numpy's global state is what some request
+seeds are drawn from, and each seeded request has a generator of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import torch
+
+
+@dataclass(slots=True, kw_only=True)
+class RandomState:
+    """Random states and row order after a step: what the next step starts from.
+
+    `default` is torch's default generator (and the device's, where it has one), `numpy` the key and position
+    of numpy's global Mersenne Twister, `generators` one state per seeded request, `order` the request ids by
+    row of the persistent batch.
+    """
+
+    order: list[str]
+    default: bytes
+    device: bytes = b""
+    numpy_key: bytes = b""
+    numpy_position: int = 0
+    numpy_gauss: tuple[int, float] = (0, 0.0)
+    generators: dict[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def capture(
+        cls, *, order: list[str], generators: dict[str, torch.Generator], device: torch.device
+    ) -> RandomState:
+        """The states of this process, now."""
+        _, key, position, has_gauss, cached = np.random.get_state(legacy=True)
+        return cls(
+            order=order,
+            default=torch.get_rng_state().numpy().tobytes(),
+            device=torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b"",
+            numpy_key=np.asarray(key, dtype=np.uint32).tobytes(),
+            numpy_position=int(position),
+            numpy_gauss=(int(has_gauss), float(cached)),
+            generators={name: generator_bytes(generator) for name, generator in generators.items()},
+        )
+
+    def restore_globals(self, device: torch.device) -> None:
+        """Put the process-wide states back. Generators are built per request by the caller."""
+        torch.set_rng_state(_tensor(self.default))
+        if self.device and device.type == "cuda":
+            torch.cuda.set_rng_state(_tensor(self.device), device)
+        key = np.frombuffer(self.numpy_key, dtype=np.uint32)
+        np.random.set_state(("MT19937", key, self.numpy_position, *self.numpy_gauss))
+
+    def generator(self, request_id: str, device: torch.device) -> torch.Generator | None:
+        """A new generator in the recorded state, or None if the request had none."""
+        state = self.generators.get(request_id)
+        if state is None:
+            return None
+        generator = torch.Generator(device=device)
+        generator.set_state(_tensor(state))
+        return generator
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, record: bytes) -> RandomState:
+        return msgspec.msgpack.decode(record, type=cls)
+
+
+def generator_bytes(generator: torch.Generator) -> bytes:
+    """A generator's whole state."""
+    return generator.get_state().numpy().tobytes()
+
+
+def _tensor(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)

@@ -1,0 +1,208 @@
+"""A rank's side of the shadow: stages what a step wrote, and restores what a predecessor lost.
+
+Fails open: an error here marks the step's pieces as not staged; the step itself goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+
+from ghostserve.arena.control import ControlPage, Counter, Switch
+from ghostserve.arena.memfd import Segment
+from ghostserve.arena.staging import StagingArea
+from ghostserve.codec.xor import XorCodec
+from ghostserve.engine.messages import ArenaGeometry, BlockRestore, RankLayout, RestoreReport
+from ghostserve.engine.probe import kv_storage, probe
+from ghostserve.engine.staging_keys import ack_key, random_key
+from ghostserve.errors import CorruptionError
+from ghostserve.shadow.manifest import Piece
+from ghostserve.shadow.mirror import Mirror
+
+logger = logging.getLogger(__name__)
+
+
+class RankShadow:
+    """Owns nothing but views: the KV memory is vLLM's, the arena outlives us."""
+
+    def __init__(
+        self, *, rank: int, ranks: int, runner: Any, kv_cache_config: Any, layers: dict[str, Any],
+        page: ControlPage, segments: dict[str, Segment],
+    ) -> None:
+        self._rank = rank
+        self._ranks = ranks
+        self._page = page
+        self._segments = segments
+        self._kv, self._groups = probe(runner, kv_cache_config, layers)
+        self._num_blocks = kv_cache_config.num_blocks
+        self._kv_bytes = kv_storage(runner).nbytes()
+        self._mirror: Mirror | None = None
+        self._staging: StagingArea | None = None
+        self._codec = XorCodec(ranks)
+        self._debug_started = False
+
+    def layout(self) -> RankLayout:
+        """What the engine core compares between ranks and cuts the arena by."""
+        layout = self._unmapped().layout()
+        return RankLayout(
+            rank=self._rank,
+            pid=os.getpid(),
+            fingerprint=layout.fingerprint,
+            frame_bytes=layout.frame_bytes,
+            block_sizes=tuple(group.block_size for group in layout.groups),
+            slot_bytes=tuple(group.slot_bytes for group in layout.groups),
+            kv_bytes=self._kv_bytes,
+            num_blocks=self._num_blocks,
+        )
+
+    def map_arena(self, geometry: ArenaGeometry) -> None:
+        """The arena has been sized: map it. Refuses a layout that is not this rank's."""
+        if self.layout().fingerprint != geometry.layout_fingerprint:
+            raise CorruptionError(
+                f"rank {self._rank}: KV layout {self.layout().fingerprint} is not the arena's "
+                f"{geometry.layout_fingerprint}"
+            )
+        for segment in self._segments.values():
+            segment.refresh()
+        self._mirror = self._unmapped()
+        self._mirror.frames = self._segments["pool"].array
+        self._mirror.frame_bytes = geometry.frame_bytes
+        self._staging = StagingArea(
+            self._segments["staging"],
+            ranks=self._ranks,
+            ring=geometry.staging_ring,
+            record_bytes=geometry.staging_record_bytes,
+        )
+
+    def _unmapped(self) -> Mirror:
+        return Mirror(
+            kv=self._kv,
+            groups=self._groups,
+            num_blocks=self._num_blocks,
+            frames=np.empty(0, dtype=np.uint8),
+            frame_bytes=0,
+        )
+
+    # -- every step ------------------------------------------------------------------------------------
+
+    def stage(self, *, epoch: int, step: int, pieces: tuple[Piece, ...]) -> None:
+        """Mirror the slots a step wrote and record their checksums. Never raises."""
+        if self._mirror is None or self._staging is None:
+            return
+        try:
+            checksums = [
+                self._mirror.stage(
+                    block=piece.block,
+                    group=piece.group,
+                    start=piece.start,
+                    stop=piece.stop,
+                    frame=piece.frames[self._rank],
+                )
+                for piece in pieces
+            ]
+            if self._page.get_switch(Switch.DEBUG_COPY):
+                self._debug_copy(pieces)
+        except Exception:
+            logger.exception("rank %d: step %d could not be mirrored", self._rank, step)
+            self._page.add(Counter.SHADOW_ERRORS_TOTAL, 1)
+            return
+        record = struct.pack(f"<{len(checksums)}I", *checksums)
+        self._staging.write(self._rank, ack_key(step), epoch, record)
+
+    def record_random_state(self, *, epoch: int, step: int, record: bytes) -> None:
+        """Keep the random states after a step where they outlive this process. Never raises."""
+        if self._staging is None:
+            return
+        try:
+            self._staging.write(self._rank, random_key(step), epoch, record)
+        except Exception:
+            logger.exception("rank %d: random state of step %d not kept", self._rank, step)
+            self._page.add(Counter.SHADOW_ERRORS_TOTAL, 1)
+
+    # -- after a loss ----------------------------------------------------------------------------------
+
+    def export(self, items: list[BlockRestore]) -> None:
+        """A survivor: copy live blocks into the frames named for this rank."""
+        assert self._mirror is not None
+        for item in items:
+            if self._rank in item.survivors:
+                self._mirror.export(block=item.block, group=item.group, frame=item.survivors[self._rank])
+
+    def adopt(self, items: list[BlockRestore]) -> RestoreReport:
+        """A newcomer: write every block back into KV memory, checksum first."""
+        mirror = self._mirror
+        assert mirror is not None
+        mirrors = parities = rebuilt = 0
+        refused: list[int] = []
+        for item in items:
+            log = mirror.frame(item.frame) if item.frame is not None else self._decode(mirror, item)
+            try:
+                rebuilt += mirror.adopt(
+                    block=item.block, group=item.group, slots=item.slots, log=log, checksum=item.checksum
+                )
+            except CorruptionError as error:
+                logger.error("rank %d refuses to restore: %s", self._rank, error)
+                self._page.add(Counter.CHECKSUM_REFUSALS_TOTAL, 1)
+                refused.append(item.block)
+                continue
+            if item.frame is None:
+                parities += 1
+            else:
+                mirrors += 1
+                mirror.seed_progress(frame=item.frame, slots=item.slots, checksum=item.checksum)
+        return RestoreReport(
+            blocks_from_mirrors=mirrors,
+            blocks_from_parity=parities,
+            bytes_rebuilt=rebuilt,
+            refused=tuple(refused),
+            different_blocks=self._debug_compare(items, refused),
+        )
+
+    def _decode(self, mirror: Mirror, item: BlockRestore) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """This rank's packed log of a coded block, from the survivors' exports and the parity."""
+        nbytes = item.slots * mirror.slot_bytes(item.group)
+        shards = [
+            mirror.frame(item.survivors[rank])[:nbytes] if rank in item.survivors else None
+            for rank in range(self._ranks)
+        ]
+        parity = [mirror.frame(frame)[:nbytes] for frame in item.parity]
+        out = np.empty(nbytes, dtype=np.uint8)
+        self._codec.reconstruct([*shards, *parity], lost=[self._rank], out=[out])
+        return out
+
+    # -- proof -----------------------------------------------------------------------------------------
+
+    def _debug_view(self) -> torch.Tensor:
+        """This rank's part of the debug segment, as words like the KV memory."""
+        start = self._rank * self._kv_bytes
+        region = self._segments["debug"].array[start : start + self._kv_bytes]
+        return torch.from_numpy(region).view(self._kv.dtype)
+
+    def _debug_copy(self, pieces: tuple[Piece, ...]) -> None:
+        copy = self._debug_view()
+        if not self._debug_started:
+            copy.copy_(self._kv)
+            self._debug_started = True
+        mirror = self._mirror
+        assert mirror is not None
+        for piece in pieces:
+            mirror.copy_slots(piece.block, piece.group, piece.start, piece.stop, copy)
+
+    def _debug_compare(self, items: list[BlockRestore], refused: list[int]) -> tuple[int, ...]:
+        """Blocks whose written slots differ, bit for bit, from what the predecessor held."""
+        if not self._page.get_switch(Switch.DEBUG_COPY):
+            return ()
+        mirror, copy = self._mirror, self._debug_view()
+        assert mirror is not None
+        self._debug_started = True
+        return tuple(
+            item.block
+            for item in items
+            if item.block not in refused
+            and not mirror.slots_equal(item.block, item.group, item.slots, copy)
+        )

@@ -1,0 +1,204 @@
+"""Brings request state and KV of lost ranks back: decides per block, moves bytes in bounded batches.
+
+A block comes from its mirror, or from survivors and parity. What cannot be rebuilt is given up: requests that
+use it recompute from their tokens, the prefix cache forgets it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ghostserve.arena.control import Counter, Switch
+from ghostserve.engine.messages import BlockRestore, RestoreReport, StateMessage
+from ghostserve.engine.random_state import RandomState
+from ghostserve.engine.request_state import stuck_in_prompt_logprobs
+from ghostserve.engine.guard import REBUILD_BLOCKS
+from ghostserve.shadow.manifest import Source
+
+logger = logging.getLogger(__name__)
+
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebuildResult:
+    """Counted by the newcomers (blocks, bytes) and the scheduler (tokens, requests)."""
+
+    blocks_from_mirrors: int = 0
+    blocks_from_parity: int = 0
+    bytes_rebuilt: int = 0
+    tokens_recomputed: int = 0
+    requests_recomputed: int = 0
+    different_blocks: tuple[int, ...] = ()
+
+    def plus(self, other: RebuildResult) -> RebuildResult:
+        return RebuildResult(
+            blocks_from_mirrors=self.blocks_from_mirrors + other.blocks_from_mirrors,
+            blocks_from_parity=self.blocks_from_parity + other.blocks_from_parity,
+            bytes_rebuilt=self.bytes_rebuilt + other.bytes_rebuilt,
+            tokens_recomputed=self.tokens_recomputed + other.tokens_recomputed,
+            requests_recomputed=self.requests_recomputed + other.requests_recomputed,
+            different_blocks=self.different_blocks + other.different_blocks,
+        )
+
+    def with_report(self, report: RestoreReport) -> RebuildResult:
+        return self.plus(
+            RebuildResult(
+                blocks_from_mirrors=report.blocks_from_mirrors,
+                blocks_from_parity=report.blocks_from_parity,
+                bytes_rebuilt=report.bytes_rebuilt,
+                different_blocks=report.different_blocks,
+            )
+        )
+
+
+class Rebuild:
+    """One pass over the state of one epoch."""
+
+    def __init__(self, executor: Any, *, lost: frozenset[int], epoch: int) -> None:
+        self._executor = executor
+        self._session = executor.session
+        self._guard = executor.session.guard
+        self._page = executor.session.page
+        self._lost = lost
+        self._epoch = epoch
+        self._every = range(executor.world_size)
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def roll_back(self, *, timeout_s: float) -> None:
+        """Every rank takes on the request state after the last accepted step."""
+        survivors = [rank for rank in self._every if rank not in self._lost]
+        record = self._guard.random_record([*survivors, *sorted(self._lost)])
+        order = RandomState.decode(record).order if record is not None else []
+        if self._page.get_switch(Switch.SKIP_RNG_RESTORE):
+            record = None
+        message = StateMessage(
+            epoch=self._epoch, requests=self._executor.view.snapshot(order), random_state=record
+        )
+        self._executor.ring.ask("ghost_state", message, ranks=self._every, timeout_s=timeout_s)
+
+    # -- KV --------------------------------------------------------------------------------------------
+
+    def restore_kv(self, *, timeout_s: float) -> RebuildResult:
+        """Restore every block that is still of use; recompute the requests of those that cannot be."""
+        scheduler, step = self._session.scheduler, self._executor.open_step
+        if scheduler is None or self._page.get_switch(Switch.SKIP_RESTORE):
+            return RebuildResult()
+        interrupted = None if step is None else step.scheduler_output
+        needed, used = scheduler.needed_slots(interrupted)
+        with self._guard.lock:
+            restores, lost_blocks = self._decide(needed)
+        result = RebuildResult()
+        refused: set[int] = set()
+        for rank in sorted(self._lost):
+            for batch in self._batches(restores):
+                report = self._restore_batch(rank, batch, timeout_s=timeout_s)
+                result = result.with_report(report)
+                refused.update(report.refused)
+        if result.different_blocks:
+            logger.error("restored blocks differ from what was lost: %s", result.different_blocks)
+            self._page.add(Counter.SHADOW_ERRORS_TOTAL, len(result.different_blocks))
+        return self._recompute(lost_blocks | refused, used, result, timeout_s=timeout_s)
+
+    def _decide(self, needed: dict[int, tuple[int, int]]) -> tuple[list[tuple[int, int]], set[int]]:
+        """(block, slots) to restore, and the blocks that are lost."""
+        manifest = self._guard.manifest
+        restores: list[tuple[int, int]] = []
+        lost: set[int] = set()
+        forced = self._page.get_switch(Switch.FORCE_RECOMPUTE)
+        for block, (_, slots) in needed.items():
+            decision = None if manifest is None else manifest.source(block, needed=slots, lost=self._lost)
+            if forced or decision is None or decision.choice is Source.LOST:
+                lost.add(block)
+                reason = "recompute is forced" if forced or decision is None else decision.reason
+                logger.warning("block %d cannot be rebuilt: %s", block, reason)
+            elif decision.choice is not Source.NOTHING:
+                restores.append((block, slots))
+        return restores, lost
+
+    def _batches(self, restores: list[tuple[int, int]]) -> Iterable[list[tuple[int, int]]]:
+        for first in range(0, len(restores), REBUILD_BLOCKS):
+            yield restores[first : first + REBUILD_BLOCKS]
+
+    def _restore_batch(
+        self, rank: int, batch: list[tuple[int, int]], *, timeout_s: float
+    ) -> RestoreReport:
+        """Survivors export what the parity needs, then the newcomer adopts."""
+        with self._guard.lock:
+            items = self._items(rank, batch)
+        coded = [item for item in items if item.survivors]
+        try:
+            if coded:
+                self._executor.ring.ask("ghost_export", coded, ranks=self._every, timeout_s=timeout_s)
+            reports = self._executor.ring.ask(
+                "ghost_adopt", rank, items, ranks=self._every, timeout_s=timeout_s
+            )
+        finally:
+            if coded:
+                self._guard.wipe_exports()
+        report: RestoreReport = reports[rank]
+        return report
+
+    def _items(self, rank: int, batch: list[tuple[int, int]]) -> list[BlockRestore]:
+        """What the newcomer gets. An entry that is being coded still has its mirrors, and keeps them."""
+        manifest = self._guard.manifest
+        survivors = [r for r in self._every if r not in self._lost]
+        items = []
+        for index, (block, _) in enumerate(batch):
+            entry = manifest.entries[block]
+            from_mirror = bool(entry.mirrors)
+            exports = {} if from_mirror else dict(zip(survivors, self._guard.export_frames(index), strict=False))
+            items.append(
+                BlockRestore(
+                    block=block,
+                    group=entry.group,
+                    slots=entry.slots,
+                    checksum=entry.checksums[rank],
+                    frame=entry.mirrors[rank] if from_mirror else None,
+                    parity=() if from_mirror else entry.parity,
+                    survivors=exports,
+                )
+            )
+        return items
+
+    def _recompute(
+        self, lost_blocks: set[int], used: dict[str, set[int]], result: RebuildResult, *, timeout_s: float
+    ) -> RebuildResult:
+        """Rung 3 for the requests that use a block which is gone."""
+        scheduler, step = self._session.scheduler, self._executor.open_step
+        running = {request.request_id: request for request in scheduler.running}
+        affected = {name for name, blocks in used.items() if blocks & lost_blocks}
+        affected |= {name for name in stuck_in_prompt_logprobs(self._executor.view) if name in running}
+        for block in lost_blocks:
+            with self._guard.lock:
+                self._guard.manifest.drop(block)
+        if not affected and not lost_blocks:
+            return result
+        interrupted = None if step is None else step.scheduler_output
+        scheduled = {} if interrupted is None else interrupted.num_scheduled_tokens
+        tokens = sum(running[name].num_computed_tokens - scheduled.get(name, 0) for name in affected)
+        unwritten = scheduler.unwritten_blocks(interrupted, affected)
+        reduced = scheduler.recompute(affected, lost_blocks, interrupted)
+        if step is not None:
+            self._take_out(step, reduced, affected, unwritten)
+        self._executor.view.leave_batch(affected)
+        self.roll_back(timeout_s=timeout_s)
+        self._page.add(Counter.TOKENS_RECOMPUTED_TOTAL, tokens)
+        self._page.add(Counter.REQUESTS_RECOMPUTED_TOTAL, len(affected))
+        if affected:
+            logger.warning("recomputing %d requests, %d tokens", len(affected), tokens)
+        return result.plus(
+            RebuildResult(tokens_recomputed=tokens, requests_recomputed=len(affected))
+        )
+
+    def _take_out(self, step: Any, reduced: Any, affected: set[str], unwritten: set[int]) -> None:
+        """The open step goes on without these requests; workers learn of the new ones all the same."""
+        for new in step.sent.scheduled_new_reqs:
+            if new.req_id in affected:
+                self._executor.view.introduce(new, in_batch=False)
+        self._guard.withdraw(tuple(piece for piece in step.pieces if piece.block in unwritten))
+        step.pieces = tuple(piece for piece in step.pieces if piece.block not in unwritten)
+        step.sent = reduced

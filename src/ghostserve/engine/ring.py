@@ -1,0 +1,158 @@
+"""Bounded conversations with the ranks over vLLM's message ring.
+
+A reply may never come: its rank died, or a peer's death left it inside a collective. So every wait looks, a few
+times per second, at what the processes and their stamps say, and ends with an exception that names the ranks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from vllm.v1.executor.multiproc_executor import WorkerProc, WorkerProcHandle
+
+from ghostserve.clock import monotonic_s
+from ghostserve.engine.spawn import ring_readers_done
+
+SLICE_S = 0.02
+# A survivor's exception can be seen before its dead peer's exit is.
+EXIT_GRACE_S = 1.0
+SUCCESS = WorkerProc.ResponseStatus.SUCCESS
+
+
+class RanksDied(Exception):
+    """Processes of these ranks are gone."""
+
+    def __init__(self, ranks: frozenset[int], reason: str) -> None:
+        super().__init__(reason)
+        self.ranks = ranks
+        self.reason = reason
+
+
+class RankRaised(Exception):
+    """A rank answered with an exception, and all processes are alive."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(reason)
+        self.rank = rank
+        self.reason = reason
+
+
+class RankSilent(Exception):
+    """A rank did not answer within its deadline."""
+
+    def __init__(self, ranks: frozenset[int], reason: str) -> None:
+        super().__init__(reason)
+        self.ranks = ranks
+        self.reason = reason
+
+
+class Ring:
+    """The executor's side of the ring. Not thread-safe: used under the session's lock."""
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+        self._token = 0
+
+    # -- who is there ----------------------------------------------------------------------------------
+
+    @property
+    def workers(self) -> Sequence[WorkerProcHandle]:
+        return self._executor.workers  # type: ignore[no-any-return]
+
+    def dead(self) -> frozenset[int]:
+        """Ranks whose process has exited."""
+        return frozenset(worker.rank for worker in self.workers if not worker.proc.is_alive())
+
+    def wait_for_exit(self, timeout_s: float) -> frozenset[int]:
+        """Ranks that have exited, waiting at most `timeout_s` for the first."""
+        multiprocessing.connection.wait([worker.proc.sentinel for worker in self.workers], timeout_s)
+        return self.dead()
+
+    # -- sending ---------------------------------------------------------------------------------------
+
+    def send(self, method: str, *args: Any, reply_rank: int | None = None, gone: Collection[int] = ()) -> None:
+        """Call a worker method on every rank; `reply_rank` answers, or all if None. `gone` never read again."""
+        queue = self._executor.rpc_broadcast_mq
+        if gone:
+            ring_readers_done(queue, lambda: list(gone))
+        queue.enqueue((method, args, {}, reply_rank), timeout=30.0)
+        if gone:
+            ring_readers_done(queue, lambda: list(gone))
+
+    # -- waiting ---------------------------------------------------------------------------------------
+
+    def wait_for_reply(
+        self, rank: int, *, deadline_s: float, failed: Callable[[], int | None], expect_alive: Collection[int]
+    ) -> Any:
+        """The next reply of a rank. `failed` names a rank whose stamp says that the step failed there.
+
+        Raises RanksDied, RankRaised or RankSilent.
+        """
+        while True:
+            try:
+                status, result = self._executor.response_mqs[rank].dequeue(timeout=SLICE_S)
+            except TimeoutError:
+                if died := self.dead() & frozenset(expect_alive):
+                    raise RanksDied(died, _exits(died)) from None
+                if (raised := failed()) is not None:
+                    self._raise(raised, f"rank {raised} failed its step", expect_alive)
+                if monotonic_s() > deadline_s:
+                    raise RankSilent(frozenset({rank}), f"rank {rank} did not answer in time") from None
+                continue
+            if status == SUCCESS:
+                return result
+            self._raise(rank, str(result), expect_alive)
+
+    def _raise(self, rank: int, reason: str, expect_alive: Collection[int]) -> None:
+        """A rank raised: if a process died, that is the cause."""
+        if died := self.wait_for_exit(EXIT_GRACE_S) & frozenset(expect_alive):
+            raise RanksDied(died, _exits(died))
+        raise RankRaised(rank, reason)
+
+    # -- asking ----------------------------------------------------------------------------------------
+
+    def ask(
+        self, method: str, *args: Any, ranks: Collection[int], gone: Collection[int] = (), timeout_s: float
+    ) -> dict[int, Any]:
+        """Call a method on every rank and collect the answers of `ranks`."""
+        self.send(method, *args, gone=gone)
+        return self.collect(ranks, timeout_s=timeout_s)
+
+    def collect(self, ranks: Collection[int], *, timeout_s: float) -> dict[int, Any]:
+        """One reply of each of these ranks. Raises RanksDied, RankRaised or RankSilent."""
+        deadline_s = monotonic_s() + timeout_s
+        return {
+            rank: self.wait_for_reply(
+                rank, deadline_s=deadline_s, failed=lambda: None, expect_alive=ranks
+            )
+            for rank in ranks
+        }
+
+    def drain(self, ranks: Collection[int], *, gone: Collection[int], timeout_s: float) -> frozenset[int]:
+        """Discard every reply sent before now. Returns the ranks that do not answer within `timeout_s`.
+
+        After it each rank of `ranks` is known to be back in its message loop.
+        """
+        self._token += 1
+        token = f"drained-{self._token}"
+        self.send("ghost_echo", token, gone=gone)
+        deadline_s = monotonic_s() + timeout_s
+        silent = set()
+        for rank in ranks:
+            while True:
+                try:
+                    _, result = self._executor.response_mqs[rank].dequeue(timeout=SLICE_S)
+                except TimeoutError:
+                    if monotonic_s() > deadline_s or rank in self.dead():
+                        silent.add(rank)
+                        break
+                    continue
+                if result == token:
+                    break
+        return frozenset(silent)
+
+
+def _exits(ranks: frozenset[int]) -> str:
+    return f"process of rank {', '.join(map(str, sorted(ranks)))} exited"

