@@ -1,0 +1,106 @@
+"""The command `ghostserve`: finds the verb, runs it, and turns what it raises into an exit code.
+
+    0 ok · 1 a check failed · 2 usage or unsupported · 3 the start failed · 4 the engine is lost · 130
+    interrupted
+
+A verb is a module with `main(argv) -> int`, imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import ghostserve
+from ghostserve.cli.platform_check import demand_supported_platform, read_platform
+from ghostserve.errors import GhostserveError, UsageError
+
+EXIT_INTERRUPTED = 130
+VERBS = {
+    "serve": "serve a model over the OpenAI API; takes every flag of vLLM's own server",
+    "status": "show a running server's workers, shadow and recoveries",
+    "kill": "SIGKILL one worker of a running server",
+    "demo": "kill a worker in the middle of an answer and check that the answer goes on unchanged",
+}
+NEEDS_PLATFORM = frozenset({"serve", "demo"})
+"""The verbs that start a server here; the others only ask one, which may be elsewhere."""
+
+
+def version_line() -> str:
+    """Our version, vLLM's and torch's."""
+    facts = read_platform()
+    return (
+        f"ghostserve {ghostserve.__version__} (vllm {facts.vllm or 'not installed'}, "
+        f"torch {facts.torch or 'not installed'})"
+    )
+
+
+def help_text() -> str:
+    """What `ghostserve --help` prints."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return (
+        "usage: ghostserve [--help] [--version] VERB [OPTION ...]\n\n"
+        "LLM serving that survives the death of a worker: open streams go on, token for token.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "'ghostserve VERB --help' shows the options of a verb.\n\n"
+        "exit status: 0 ok, 1 a check failed, 2 usage or unsupported, 3 the start failed,\n"
+        "4 the engine is lost, 130 interrupted"
+    )
+
+
+def run_verb(argv: Sequence[str]) -> int:
+    """Run what the command line names; raises GhostserveError, or SystemExit from a verb's `--help`."""
+    if not argv:
+        raise UsageError(f"name a verb: {', '.join(VERBS)} (try 'ghostserve --help')")
+    verb, *rest = argv
+    if verb in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if verb in ("-V", "--version"):
+        print(version_line())
+        return 0
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "try 'ghostserve --help'"
+        raise UsageError(f"there is no verb {verb!r}; {hint}")
+    if verb in NEEDS_PLATFORM and not {"-h", "--help"} & set(rest):
+        demand_supported_platform()
+    module = importlib.import_module(f"ghostserve.cli.{verb}")
+    code: int = module.main(rest)
+    return code
+
+
+def _exit_code(argv: Sequence[str]) -> int:
+    try:
+        return run_verb(argv)
+    except GhostserveError as error:
+        print(f"ghostserve: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ghostserve: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except SystemExit as request:
+        if isinstance(request.code, str):
+            print(f"ghostserve: error: {request.code}", file=sys.stderr)
+            return GhostserveError.exit_code
+        return request.code or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors go to standard error as one line each."""
+    try:
+        code = _exit_code(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away, as `head` does: nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

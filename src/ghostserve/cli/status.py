@@ -1,0 +1,104 @@
+"""`ghostserve status`: a running server's workers, shadow and recoveries. The rendering is pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ghostserve.cli.arguments import add_server_options, admin_of, new_parser
+from ghostserve.cli.units import bytes_text, count_text, milliseconds_text
+from ghostserve.types import Phase
+
+
+def phases_line(phases_ms: Mapping[str, float | None]) -> str:
+    """`detect 3.1 · fence 0.4 · ...`, in the order of Phase; phases that took no time are left out."""
+    spent = ((phase.value, phases_ms.get(phase.value) or 0.0) for phase in Phase)
+    shown = [f"{name} {milliseconds_text(ms).removesuffix(' ms')}" for name, ms in spent if ms >= 0.05]
+    return " · ".join(shown) + " ms" if shown else "no phases were reported"
+
+
+def rebuilt_line(recovery: Mapping[str, Any]) -> str:
+    """Where the lost KV came back from, and what had to be recomputed."""
+    recomputed = recovery.get("tokens_recomputed", 0)
+    return (
+        f"{count_text(recovery.get('kv_blocks_from_parity', 0), 'block')} from parity, "
+        f"{recovery.get('kv_blocks_from_mirrors', 0)} from mirrors "
+        f"({bytes_text(recovery.get('kv_bytes_rebuilt', 0))}) · "
+        + (f"{count_text(recomputed, 'token')} recomputed" if recomputed else "nothing recomputed")
+    )
+
+
+def _server_lines(state: Mapping[str, Any]) -> list[str]:
+    phase = f" ({state['phase']})" if state.get("phase") else ""
+    return [
+        f"state     {state['state']}{phase} · epoch {state['epoch']}",
+        f"model     {state['model']} · {state['dtype']} · tensor parallel {state['tensor_parallel_size']} · "
+        f"blocks of {count_text(state['block_size'], 'token')}",
+        f"versions  ghostserve {state['version']} · vllm {state['vllm']} · torch {state['torch']}",
+    ]
+
+
+def _rank_lines(state: Mapping[str, Any]) -> list[str]:
+    ranks = state["ranks"]
+    lines = [f"{'rank':>4}  {'pid':>8}  {'state':<8}  title"]
+    lines += [f"{rank['rank']:>4}  {rank['pid']:>8}  {rank['state']:<8}  {rank['title']}" for rank in ranks]
+    keeper = state.get("keeper") or {}
+    if keeper.get("pid"):
+        lines.append(
+            f"{'':>4}  {keeper['pid']:>8}  {'keeper':<8}  {count_text(keeper.get('restarts', 0), 'restart')}"
+        )
+    return lines
+
+
+def _shadow_lines(shadow: Mapping[str, Any]) -> list[str]:
+    if shadow["protection"] == "none":
+        return ["shadow    off (--protection none): a loss is answered by recomputing"]
+    held = shadow["parity_bytes"] + shadow["mirror_bytes"]
+    bound = "holds" if shadow["bound_holds"] else "DOES NOT HOLD"
+    return [
+        f"shadow    {shadow['protection']} · {bytes_text(shadow['parity_bytes'])} parity + "
+        f"{bytes_text(shadow['mirror_bytes'])} mirrors of {bytes_text(shadow['budget_bytes'])}",
+        f"          {count_text(shadow['sealed_blocks'], 'sealed block')}, {shadow['coded_blocks']} coded · "
+        f"{shadow['tail_blocks']} tail · {shadow['backlog_blocks']} waiting · "
+        f"{shadow['unprotected_blocks']} unprotected",
+        f"          bound {bytes_text(held)} <= {bytes_text(shadow['bound_bytes'])}: {bound}",
+    ]
+
+
+def _recovery_lines(state: Mapping[str, Any]) -> list[str]:
+    total, last = state["recoveries_total"], state.get("last_recovery")
+    if not last:
+        return ["recovered never"]
+    ranks = ", ".join(map(str, last["lost_ranks"]))
+    outcome = "" if last["ok"] else " · FAILED"
+    return [
+        f"recovered {count_text(total, 'time')}; last: rank {ranks} by {last['path']} in "
+        f"{milliseconds_text(last['total_ms'])}{outcome}",
+        *([f"          {last['reason']}"] if last.get("reason") else []),
+        f"          {phases_line(last['phases_ms'])}",
+        f"          {rebuilt_line(last)}",
+    ]
+
+
+def render(state: Mapping[str, Any]) -> str:
+    """The table for people."""
+    blocks = [
+        _server_lines(state),
+        _rank_lines(state),
+        _shadow_lines(state["shadow"]),
+        _recovery_lines(state),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; raises GhostserveError."""
+    parser = new_parser(
+        "status", "Show a running server's workers, shadow and recoveries; works during an outage."
+    )
+    add_server_options(parser)
+    options = parser.parse_args(argv)
+    state = admin_of(options).status()
+    print(json.dumps(state, separators=(",", ":")) if options.json else render(state))
+    return 0

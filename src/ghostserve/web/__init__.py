@@ -1,0 +1,1 @@
+"""Our HTTP routes and the live page. Reads the control page only; never waits for the engine."""

@@ -1,0 +1,108 @@
+"""The client of our own routes: what `ghostserve status`, `kill`, the demo and the tests ask a server with.
+
+One connection per call, so calls may come from any number of threads. Every error is ours and says what to
+do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from ghostserve.errors import GhostserveError, UsageError
+from ghostserve.web.security import is_loopback
+
+TIMEOUT_S = 10.0
+
+
+def auth_headers(api_key: str | None) -> dict[str, str]:
+    """The header that carries the key, or none."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def error_sentence(body: bytes | str) -> str:
+    """The message of an error body, in OpenAI's or FastAPI's form, or else how the body begins."""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else body
+    try:
+        value = json.loads(text)
+        error = value.get("error", value)
+        message = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        message = None
+    return str(message or text[:300])
+
+
+class AdminClient:
+    """Asks one server. Calls raise UsageError for what the server finds wrong in the request (422), and
+    GhostserveError when it cannot be reached or refuses.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        """Nothing is sent yet; UsageError unless `url` is an http or https URL."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
+        self.url = url.rstrip("/")
+        self._headers = auth_headers(api_key)
+        self._timeout_s = timeout_s
+        self._use_proxies = not is_loopback(parts.hostname)
+
+    def status(self) -> dict[str, Any]:
+        """The state document, with counters."""
+        return self._ask("GET", "/ghostserve/status")
+
+    def kill_rank(self, rank: int) -> dict[str, Any]:
+        """SIGKILL the worker of this rank; the answer names the pid."""
+        return self._ask("POST", "/ghostserve/kill", {"rank": rank})
+
+    def arm_fault(self, *, point: str, rank: int, action: str, skip: int = 0) -> None:
+        """Have a rank suffer `action` once it has passed `point` `skip` times; names as in `arena.names`."""
+        body = {"point": point, "rank": rank, "action": action, "skip": skip}
+        self._ask("POST", "/ghostserve/faults", body)
+
+    def disarm_faults(self) -> None:
+        """Forget all faults that have not struck."""
+        self._ask("DELETE", "/ghostserve/faults")
+
+    def set_switch(self, name: str, on: bool) -> None:
+        """Turn a run-time switch on or off; names as in `arena.names.Switch`, in lower case."""
+        self._ask("POST", "/ghostserve/switches", {name: on})
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            answer = httpx.request(
+                method,
+                self.url + path,
+                json=body,
+                headers=self._headers,
+                timeout=self._timeout_s,
+                trust_env=self._use_proxies,
+            )
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            raise GhostserveError(
+                f"no server answers at {self.url} ({type(error).__name__}); start one with "
+                "'ghostserve serve MODEL', or name its address with --url"
+            ) from error
+        if answer.status_code == 422:
+            raise UsageError(error_sentence(answer.content))
+        if answer.status_code == 404:
+            raise GhostserveError(f"the server at {self.url} is not run by ghostserve: it has no {path}")
+        if answer.status_code == 401:
+            raise GhostserveError("the API key is missing or wrong; give it with --api-key")
+        if answer.is_error:
+            raise GhostserveError(f"{error_sentence(answer.content)} (HTTP {answer.status_code})")
+        return _as_object(answer)
+
+
+def _as_object(answer: httpx.Response) -> dict[str, Any]:
+    try:
+        value = answer.json()
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise GhostserveError(f"{answer.url} did not answer with a JSON object")
+    return value

@@ -1,0 +1,211 @@
+"""Our routes: status, kill, faults, switches, and the live page. Reads and writes the control page only.
+
+Nothing here waits for the engine, so every route answers during an outage. The state document is written by
+the engine core and passed on as it is; the only things added are the page's counters and whether faults may
+be injected.
+
+    GET  /ghostserve/status    the state document                  key, or loopback
+    POST /ghostserve/kill      {"rank": R}                         the same, and --enable-fault-injection
+    POST /ghostserve/faults    {"point", "rank", "action", "skip"} the same; DELETE disarms all
+    POST /ghostserve/switches  {NAME: true | false, ...}           the same
+    GET  /ui, /ui/prompts.json the page and its prompts            open: static files without any data
+
+Errors are HTTPExceptions whose detail is one sentence: 401 and 403 who may not, 409 not now, 422 bad
+request, 503 too early.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Depends, HTTPException, Request, Response, params
+
+from ghostserve.arena.names import Fault, FaultAction, FaultPoint, Switch
+from ghostserve.errors import BudgetExceeded, UsageError
+from ghostserve.types import RankState
+from ghostserve.web.bodies import parse_fault, parse_kill, parse_switches, read_object
+from ghostserve.web.processes import KillOutcome, kill_exactly
+from ghostserve.web.security import AccessPolicy, guard
+
+UI_FILE = Path(__file__).parent / "static" / "ui.html"
+PROMPTS_FILE = Path(__file__).parents[1] / "models" / "prompts.json"
+_NO_STORE = {"Cache-Control": "no-store"}
+
+
+class Page(Protocol):
+    """What the routes need of `arena.control.ControlPage`. Every call returns at once; any thread may make
+    it.
+    """
+
+    def read_state(self) -> dict[str, Any] | None:
+        """The latest whole state document; None before the engine core has written the first."""
+
+    def counters(self) -> Mapping[str, int]:
+        """The live counters by name."""
+
+    def arm_fault(self, *, point: FaultPoint, rank: int, action: FaultAction, skip: int = 0) -> int:
+        """Have `rank` suffer `action` once it has passed `point` `skip` times; raises BudgetExceeded if
+        full.
+        """
+
+    def disarm_faults(self) -> None:
+        """Forget all armed faults."""
+
+    def armed_faults(self) -> list[Fault]:
+        """The faults that have not struck yet."""
+
+    def get_switch(self, switch: Switch) -> bool:
+        """Whether a run-time switch is on."""
+
+    def set_switch(self, switch: Switch, on: bool) -> None:
+        """Turn a run-time switch on or off."""
+
+
+@cache
+def content_security_policy(html: str) -> str:
+    """A policy that lets the page run its own inline script and style, by hash, and talk to this server
+    only.
+    """
+
+    def hashes(tag: str) -> str:
+        bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'" for body in bodies
+        )
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+@contextmanager
+def _our_errors_as_http() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        raise HTTPException(422, str(error)) from None
+    except BudgetExceeded as error:
+        raise HTTPException(409, str(error)) from None
+
+
+def _state_of(page: Page) -> dict[str, Any]:
+    state = page.read_state()
+    if state is None:
+        raise HTTPException(503, "the server is still starting; try again in a moment")
+    return state
+
+
+def kill_rank(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """SIGKILL the process that holds `rank` according to the state document; raises HTTPException 409
+    otherwise.
+    """
+    entry = next((entry for entry in state["ranks"] if entry["rank"] == rank), None)
+    if entry is None or entry["state"] != RankState.ALIVE.value:
+        raise HTTPException(409, f"rank {rank} is {entry['state'] if entry else 'not there'}, not alive")
+    if kill_exactly(entry["pid"], entry["start_time"]) is not KillOutcome.SENT:
+        raise HTTPException(409, f"rank {rank} is not alive: its process {entry['pid']} is gone")
+    return {"rank": rank, "pid": entry["pid"], "epoch": state["epoch"], "killed": True}
+
+
+def _injections(page: Page) -> dict[str, Any]:
+    """What is armed and switched on right now, for the status."""
+    return {
+        "switches": {switch.name.lower(): page.get_switch(switch) for switch in Switch},
+        "armed_faults": [_fault_as_dict(fault) for fault in page.armed_faults()],
+    }
+
+
+def _fault_as_dict(fault: Fault) -> dict[str, Any]:
+    return {
+        "point": fault.point.value,
+        "rank": fault.rank,
+        "action": fault.action.value,
+        "skip": fault.skip,
+    }
+
+
+def build_router(
+    page: Page, *, api_keys: Sequence[str], fault_injection: bool, bound_host: str | None = None
+) -> APIRouter:
+    """The router to mount on the server's app.
+
+    `api_keys` are the keys that the OpenAI routes accept too; with none, the routes answer on loopback only.
+    `bound_host` is the value of `--host`, accepted in the Host header beside the loopback names.
+    """
+    strangers_out = Depends(guard(AccessPolicy(api_keys=tuple(api_keys), bound_host=bound_host)))
+    router = APIRouter(include_in_schema=False)
+    _add_status(router, page, fault_injection=fault_injection, dependencies=[strangers_out])
+
+    def demand_fault_injection() -> None:
+        if not fault_injection:
+            raise HTTPException(403, "fault injection is off; start the server with --enable-fault-injection")
+
+    # In this order: a stranger is not told whether faults could be injected.
+    _add_injection(router, page, dependencies=[strangers_out, Depends(demand_fault_injection)])
+    _add_page(router)
+    return router
+
+
+def _add_status(
+    router: APIRouter, page: Page, *, fault_injection: bool, dependencies: Sequence[params.Depends]
+) -> None:
+    @router.get("/ghostserve/status", dependencies=dependencies)
+    def status(response: Response) -> dict[str, Any]:
+        response.headers.update(_NO_STORE)
+        document = {**_state_of(page), "counters": dict(page.counters()), "fault_injection": fault_injection}
+        return document | (_injections(page) if fault_injection else {})
+
+
+def _add_injection(router: APIRouter, page: Page, *, dependencies: Sequence[params.Depends]) -> None:
+    @router.post("/ghostserve/kill", dependencies=dependencies)
+    async def kill(request: Request) -> dict[str, Any]:
+        state = _state_of(page)
+        with _our_errors_as_http():
+            rank = parse_kill(await read_object(request), ranks_total=len(state["ranks"]))
+        return kill_rank(state, rank)
+
+    @router.post("/ghostserve/faults", dependencies=dependencies)
+    async def arm_fault(request: Request) -> dict[str, Any]:
+        ranks_total = len(_state_of(page)["ranks"])
+        with _our_errors_as_http():
+            fault = parse_fault(await read_object(request), ranks_total=ranks_total)
+            page.arm_fault(point=fault.point, rank=fault.rank, action=fault.action, skip=fault.skip)
+        return {"armed": _fault_as_dict(fault)}
+
+    @router.delete("/ghostserve/faults", dependencies=dependencies)
+    def disarm_faults() -> dict[str, Any]:
+        page.disarm_faults()
+        return {"armed": None}
+
+    @router.post("/ghostserve/switches", dependencies=dependencies)
+    async def set_switches(request: Request) -> dict[str, Any]:
+        with _our_errors_as_http():
+            switches = parse_switches(await read_object(request))
+        for switch, on in switches.items():
+            page.set_switch(switch, on)
+        return {"switches": {switch.name.lower(): on for switch, on in switches.items()}}
+
+
+def _add_page(router: APIRouter) -> None:
+    @router.get("/ui")
+    def ui() -> Response:
+        html = UI_FILE.read_text(encoding="utf-8")
+        headers = {
+            **_NO_STORE,
+            "Content-Security-Policy": content_security_policy(html),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
+
+    @router.get("/ui/prompts.json")
+    def prompts() -> Response:
+        return Response(PROMPTS_FILE.read_bytes(), media_type="application/json", headers=_NO_STORE)

@@ -1,0 +1,58 @@
+"""Hooks that hold for every test: order, and a sign of life.
+
+Fast tests run first and tests marked `real` last, so that a simple mistake shows in seconds. While a test is silent for
+long (a server starts), a line on the terminal says which one is running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+SILENCE_MAX_S = 8.0
+TERMINAL = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep a way to the terminal that capturing, which redirects descriptor 1, does not close."""
+    config.stash[TERMINAL] = os.dup(1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[TERMINAL])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast, then real, then slow; within each as collected, so that tests sharing a server stay together."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, item.get_closest_marker("real") is not None))
+
+
+@contextlib.contextmanager
+def sign_of_life(what: str, descriptor: int, silence_max_s: float = SILENCE_MAX_S) -> Iterator[None]:
+    """Write a line every `silence_max_s` for as long as the body runs."""
+    done = threading.Event()
+
+    def tell() -> None:
+        waited_s = 0.0
+        while not done.wait(silence_max_s):
+            waited_s += silence_max_s
+            os.write(descriptor, f"\n  ... {what}: {waited_s:.0f} s\n".encode())
+
+    teller = threading.Thread(target=tell, name="sign-of-life", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Say which test is running, while it is."""
+    with sign_of_life(item.nodeid, item.config.stash[TERMINAL]):
+        return (yield)
