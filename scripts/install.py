@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import progress
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH = "torch==2.13.0"
 LOCK, DEV, GPU = (ROOT / "requirements" / f"{name}.txt" for name in ("constraints-cpu", "constraints-dev", "gpu"))
 STAMP, BUSY, LOG = ".ghostserve-stamp.json", ".ghostserve-busy", ".ghostserve-install.log"
 VENV_ENTRIES = {"bin", "include", "lib", "lib64", "share"}
@@ -247,9 +246,11 @@ def pip(venv: Path, label: str, *argv: str | Path) -> None:
     install = (python_of(venv), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off", "--no-compile")
     try:
         step(venv, label, *install, *argv)
-    except Failed:
+    except Failed as failure:
         (venv / BUSY).unlink()  # pip ended by itself and left things in order
-        raise
+        found_nothing = any(sign in str(failure) for sign in ("No matching distribution", "ResolutionImpossible"))
+        hint = "\npip found no fitting file: is the package index reachable from here?" if found_nothing else ""
+        raise Failed(f"{failure}{hint}") from None
     (venv / BUSY).unlink()
 
 
@@ -270,15 +271,15 @@ def make_venv(venv: Path, *, has_ensurepip: bool) -> None:
     step(venv, "making the environment", python, "-m", "venv", *([] if has_ensurepip else ["--without-pip"]), venv)
     if not has_ensurepip:
         step(venv, "copying pip", python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input",
-             "--target", site_of(venv), "pip")  # fmt: skip
+             "--no-compile", "--target", site_of(venv), "pip")  # fmt: skip
     (venv / BUSY).unlink()
 
 
 def fill(venv: Path, device: str) -> None:
     """Install everything. pip skips what is there already, so this also completes and repairs."""
-    print(f"[1/4] {TORCH}", flush=True)
     if device == "cpu":
-        pip(venv, "installing torch", "-c", LOCK, TORCH)
+        print("[1/4] torch, in the locked version", flush=True)
+        pip(venv, "installing torch", "-c", LOCK, "torch")
         note = torch_note(device=device, **torch_build(venv))
         if note:
             print(f"      {note}", flush=True)

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
-GRACE_S = {signal.SIGINT: 30.0, signal.SIGTERM: 10.0, signal.SIGKILL: 10.0}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 LINGER_S = 5.0
 """How long processes may outlive the command before they count as left behind."""
 LOG_LINES = 60
@@ -83,9 +83,9 @@ def wait_until_alone(limit_s: float, statuses: dict[int, int]) -> bool:
         time.sleep(0.1)
 
 
-def stop_all(statuses: dict[int, int]) -> None:
-    """End everything below this process, politely first."""
-    for number, grace_s in GRACE_S.items():
+def stop_all(statuses: dict[int, int], *, grace_s: float, signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
+    """End everything below this process, politely first; each signal has `grace_s` to work."""
+    for number in signals:
         for pid in descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -102,15 +102,16 @@ def show_logs(patterns: list[str]) -> None:
         print("\n".join(f"  | {line}" for line in lines), flush=True)
 
 
-def run(command: list[str], limit_s: float, logs: list[str]) -> int:
+def run(command: list[str], *, limit_s: float, grace_s: float, logs: list[str]) -> int:
     """Run `command`; its exit status (a death by signal N is 128 + N), or 124."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
     statuses: dict[int, int] = {}
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     end = time.monotonic() + limit_s
+    child = None
     try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         while child.pid not in statuses and time.monotonic() < end:
             time.sleep(0.1)
             reap(statuses)
@@ -118,29 +119,34 @@ def run(command: list[str], limit_s: float, logs: list[str]) -> int:
             say(f"{' '.join(command)} is not done after {limit_s / 60:.1f} minutes; running now:")
             for pid, what in descendants(os.getpid()).items():
                 say(f"  {pid} {what}")
-            stop_all(statuses)
+            stop_all(statuses, grace_s=grace_s)
             show_logs(logs)
             return 124
         if not wait_until_alone(LINGER_S, statuses):
             for pid, what in descendants(os.getpid()).items():
                 say(f"left behind and killed: {pid} {what}")
+            stop_all(statuses, grace_s=grace_s, signals=SIGNALS[1:])
         status = statuses[child.pid]
         if status != 0:
             show_logs(logs)
         return status if status >= 0 else 128 - status
     finally:
-        stop_all(statuses)
-        child.returncode = statuses.get(child.pid, 1)  # reaped here, behind the back of subprocess
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # nothing interrupts the cleaning up
+        stop_all(statuses, grace_s=grace_s)
+        if child is not None:
+            child.returncode = statuses.get(child.pid, 1)  # reaped here, behind the back of subprocess
 
 
 def main(argv: list[str]) -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="watchdog", description="Run a command with a time limit.")
     parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--grace-s", type=float, default=20.0, help="seconds for each of SIGINT, SIGTERM, SIGKILL to work")
     parser.add_argument("--logs", action="append", default=[], metavar="GLOB", help="log files to show on failure")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(argv)
-    return run(options.command, options.minutes * 60, options.logs)
+    return run(options.command, limit_s=options.minutes * 60, grace_s=options.grace_s, logs=options.logs)
 
 
 if __name__ == "__main__":

@@ -222,7 +222,10 @@ def key(machine: m.RecoveryMachine) -> tuple[object, ...]:
 def some_events(machine: m.RecoveryMachine) -> list[m.Event]:
     """Every event that could make a difference, and some that are stale or illegal."""
     epoch, old = machine.epoch, max(0, machine.epoch - 1)
-    someone = [*(frozenset({r}) for r in range(machine.ranks)), frozenset(range(machine.ranks))]
+    someone = [
+        *(frozenset({r}) for r in range(len(machine._everyone))),
+        frozenset(range(len(machine._everyone))),
+    ]
     phases = [*machine._outstanding, Phase.RETRY if machine._outstanding else Phase.LEAVE]
     return [
         *(m.RanksLost(ranks, "exit", epoch, flight) for ranks in someone for flight in (False, True)),
@@ -352,7 +355,7 @@ def test_expected_path_says_why() -> None:
     assert machine.expected_path().choice is RecoveryPath.REBUILD
     machine.handle(m.RanksLost(frozenset({3}), "exit", 0), 0.0)
     assert machine.expected_path().choice is RecoveryPath.RECOMPUTE
-    assert machine.expected_path().reason == "2 lost, parity covers 1: only mirrored blocks come back"
+    assert machine.expected_path().reason == "2 lost, parity covers 1, mirrors any number"
 
 
 def test_phases_of_one_run_may_finish_in_any_order() -> None:
@@ -372,6 +375,42 @@ def test_an_illegal_event_is_told_with_the_history() -> None:
         machine.handle(m.PhaseDone(Phase.KV, 1), 1.0)
     assert str(caught.value).splitlines()[1:] == list(machine.history)
     assert "RanksLost ranks=1" in machine.history[0]
+
+
+def test_a_performer_in_a_few_lines() -> None:
+    """How engine/ drives the machine: one queue of events; whatever is performed may add to it."""
+    machine = m.RecoveryMachine(2, 1, max_attempts=3)
+    newcomers_that_fail = 1
+    done: list[str] = []
+
+    def perform(action: m.Action) -> list[m.Event]:
+        nonlocal newcomers_that_fail
+        match action:
+            case m.Run(phases, epoch):
+                if Phase.SPAWN in phases and newcomers_that_fail:
+                    newcomers_that_fail -= 1
+                    return [
+                        m.PhaseDone(Phase.SPAWN, epoch),
+                        m.RanksLost(machine.lost, "exited with 1", epoch),
+                    ]
+                return [m.PhaseDone(phase, epoch) for phase in phases]
+            case m.RetryStep(epoch):
+                return [m.StepAccepted(epoch)]
+            case _:  # Fence, RaiseEpoch, FailStep, Resume, GiveUp: nothing to report
+                return []
+
+    events: deque[m.Event] = deque([m.RanksLost(frozenset({1}), "killed by SIGKILL", 0, step_in_flight=True)])
+    while events:
+        for action in machine.handle(events.popleft(), 0.0):
+            done.append(m.text(action))
+            events.extend(perform(action))
+    assert machine.state is m.State.HEALTHY, machine.history
+    assert done == [
+        *("Fence ranks=1", "RaiseEpoch epoch=1", "Run phases=leave epoch=1"),
+        "Run phases=spawn,regroup,weights epoch=1",
+        *("Fence ranks=1", "RaiseEpoch epoch=2", "Run phases=leave epoch=2"),
+        *("Run phases=spawn,regroup,weights epoch=2", "Run phases=state,kv epoch=2", "RetryStep epoch=2"),
+    ]
 
 
 def test_accepted_steps_leave_no_history() -> None:

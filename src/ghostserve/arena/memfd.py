@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from ghostserve.errors import UsageError
 
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02  # linux/falloc.h
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 
 
 class Segment:
@@ -97,6 +99,20 @@ class Segment:
         if length and _libc.fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length) != 0:
             error = ctypes.get_errno()
             raise OSError(error, f"punching {length} bytes at {offset}: {os.strerror(error)}")
+
+    def populate(self, offset: int, length: int) -> None:
+        """Give a range memory now and map it here, so that first writes are as quick as later ones.
+
+        A first write costs a page fault per 4 KiB (3 us measured in a virtual machine; a tenth of one once
+        mapped). `offset` is a multiple of the page size. Contents stay. Does nothing before Linux 5.14.
+        """
+        assert 0 <= offset <= offset + length <= self.size_bytes, (offset, length, self.size_bytes)
+        if length and self._map is not None:
+            try:
+                self._map.madvise(_MADV_POPULATE_WRITE, offset, length)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
 
     def allocated_bytes(self) -> int:
         """Memory behind the segment, in whole pages; what was never written or was punched is not in it."""

@@ -34,6 +34,8 @@ class Counter(IntEnum):
     REQUESTS_FAILED_TOTAL = auto()
     SHADOW_ERRORS_TOTAL = auto()
     CHECKSUM_REFUSALS_TOTAL = auto()
+    BLOCKS_COMPARED_TOTAL = auto()  # restored blocks compared with the debug copy of what was lost
+    BLOCKS_DIFFERENT_TOTAL = auto()
 
 
 class Switch(IntEnum):
@@ -45,6 +47,7 @@ class Switch(IntEnum):
     FORCE_RECOMPUTE = auto()  # a loss is answered by rung 3 even where it could be rebuilt
     SKIP_RNG_RESTORE = auto()  # a newcomer's random-number states stay as they are
     SKIP_CHECKSUM = auto()  # what is restored is not checked
+    STOCK_GENERATORS = auto()  # seeded requests in a prompt chunk meet the sampler as in stock vLLM
 
 
 class Mark(IntEnum):

@@ -15,11 +15,11 @@ class InjectedFault(RuntimeError):
     """Raised by the `raise` action, as a model's own error would be."""
 
 
-def hit(page: ControlPage, point: FaultPoint, rank: int) -> None:
-    """Die, raise or hang here if a fault is armed for this point and rank."""
+def hit(page: ControlPage, point: FaultPoint, rank: int) -> FaultAction | None:
+    """Die, raise or hang here if a fault is armed for this point and rank; any other is returned."""
     action = page.take_fault(point, rank)
     if action is None:
-        return
+        return None
     if action is FaultAction.KILL:
         os.kill(os.getpid(), signal.SIGKILL)
     if action is FaultAction.RAISE:
@@ -28,3 +28,4 @@ def hit(page: ControlPage, point: FaultPoint, rank: int) -> None:
         deadline_s = monotonic_s() + HANG_BOUND_S
         while monotonic_s() < deadline_s:
             sleep_s(0.1)
+    return action

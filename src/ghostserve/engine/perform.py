@@ -37,6 +37,7 @@ from ghostserve.recovery.machine import (
     Resume,
     RetryStep,
     Run,
+    State,
     StepAccepted,
     StepRaised,
 )
@@ -113,7 +114,10 @@ class Performer:
                         self._close_report(ok=False)
                         self._executor.give_up(reason)
                         raise EngineLost(reason)
-            if event is None and actions == []:
+            if not actions:
+                if self._machine.state is State.HEALTHY:  # repaired before: an interrupted step is sent again
+                    self._report = None
+                    return Outcome.RETRY
                 event = self._next_done()
         raise EngineLost("the recovery machine ended without a decision")
 
@@ -160,9 +164,6 @@ class Performer:
             return PhaseFailed(
                 phase=self.phase, reason=failure.reason.splitlines()[0], epoch=run.epoch
             )
-        return self._next_done_or_fail(run)
-
-    def _next_done_or_fail(self, run: Run) -> Event:
         return PhaseDone(self._pending.pop(0), run.epoch)
 
     def _next_done(self) -> Event | None:

@@ -141,9 +141,10 @@ class RankShadow:
         refused: list[int] = []
         for item in items:
             log = mirror.frame(item.frame) if item.frame is not None else self._decode(mirror, item)
+            checksum = None if self._page.get_switch(Switch.SKIP_CHECKSUM) else item.checksum
             try:
                 rebuilt += mirror.adopt(
-                    block=item.block, group=item.group, slots=item.slots, log=log, checksum=item.checksum
+                    block=item.block, group=item.group, slots=item.slots, log=log, checksum=checksum
                 )
             except CorruptionError as error:
                 logger.error("rank %d refuses to restore: %s", self._rank, error)
@@ -175,7 +176,14 @@ class RankShadow:
         self._codec.reconstruct([*shards, *parity], lost=[self._rank], out=[out])
         return out
 
-    # -- proof -----------------------------------------------------------------------------------------
+    # -- faults and proof ------------------------------------------------------------------------------
+
+    def corrupt(self, pieces: tuple[Piece, ...]) -> None:
+        """Flip a byte of what this step mirrored; an injected fault."""
+        if self._mirror is not None and pieces:
+            piece = pieces[0]
+            at = piece.start * self._mirror.slot_bytes(piece.group)
+            self._mirror.frame(piece.frames[self._rank])[at] ^= 0xFF
 
     def _debug_view(self) -> torch.Tensor:
         """This rank's part of the debug segment, as words like the KV memory."""
@@ -200,9 +208,12 @@ class RankShadow:
         mirror, copy = self._mirror, self._debug_view()
         assert mirror is not None
         self._debug_started = True
-        return tuple(
+        compared = [item for item in items if item.block not in refused]
+        different = tuple(
             item.block
-            for item in items
-            if item.block not in refused
-            and not mirror.slots_equal(item.block, item.group, item.slots, copy)
+            for item in compared
+            if not mirror.slots_equal(item.block, item.group, item.slots, copy)
         )
+        self._page.add(Counter.BLOCKS_COMPARED_TOTAL, len(compared))
+        self._page.add(Counter.BLOCKS_DIFFERENT_TOTAL, len(different))
+        return different

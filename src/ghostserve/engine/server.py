@@ -102,7 +102,17 @@ def _use_our_parts(arguments: Namespace, config: GhostConfig) -> None:
     if arguments.enforce_eager:
         # One helper is compiled even in eager mode: 1.5 s in every replacement, and a compiler needed.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if current_platform.is_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _share_cpus(arguments.tensor_parallel_size)
     logger.info("Model Runner V1 and synchronous scheduling are set: others cannot be recovered yet")
+
+
+def _share_cpus(ranks: int) -> str:
+    """CPUs per rank as vLLM writes them, `0,1|2,3`: its own choice needs a NUMA node per rank."""
+    cpus = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cpus) // ranks)
+    parts = [[cpus[(rank * share + index) % len(cpus)] for index in range(share)] for rank in range(ranks)]
+    return "|".join(",".join(map(str, part)) for part in parts)
 
 
 def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: ControlPage | None) -> int:
@@ -120,6 +130,19 @@ def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: Contr
     if server.engine_lost:
         raise EngineLost("the engine could not be repaired; the log above has the cause")
     return 130 if server.interrupted else 0
+
+
+class _Engine(AsyncLLM):
+    """vLLM's client; tells an engine that was lost from one that was shut down."""
+
+    lost = False
+    _stopped = False
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self.lost = bool(self.errored)
+        super().shutdown(timeout)
 
 
 class _Server:
@@ -160,7 +183,7 @@ class _Server:
             raise UsageError(str(error)) from None
         if self._page is not None:
             refuse_unsupported(vllm_config)
-        engine = AsyncLLM.from_vllm_config(
+        engine = _Engine.from_vllm_config(
             vllm_config=vllm_config,
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
@@ -171,8 +194,8 @@ class _Server:
             await engine.reset_mm_cache()
             yield engine
         finally:
-            self.engine_lost = bool(engine.errored)
             engine.shutdown(timeout=vllm_config.shutdown_timeout)
+            self.engine_lost = engine.lost
 
     async def _serve_app(self, engine: AsyncLLM, address: str, sock: Any) -> Any:
         arguments = self._arguments
@@ -206,7 +229,6 @@ class _Server:
                 **extra,
             )
         finally:
-            self.engine_lost = bool(engine.errored)
             interrupts.cancel()
 
     async def _note_interrupts(self, app: Any) -> None:

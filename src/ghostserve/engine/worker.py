@@ -23,7 +23,7 @@ from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from ghostserve.arena.control import ControlPage, FaultPoint, Mark, StampStatus, Switch
+from ghostserve.arena.control import ControlPage, FaultAction, FaultPoint, Mark, StampStatus, Switch
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import compat, faults
@@ -90,7 +90,8 @@ class GhostWorkerMixin:
             if self._shadow is not None:
                 self._shadow.stage(epoch=message.epoch, step=message.step, pieces=message.pieces)
             self._stamp(message, StampStatus.STAGED)
-            self._fault(FaultPoint.STAGED)
+            if self._fault(FaultPoint.STAGED) is FaultAction.CORRUPT_MIRROR and self._shadow is not None:
+                self._shadow.corrupt(message.pieces)
             if output is not None:
                 self._finish(message)
             return output
@@ -100,7 +101,9 @@ class GhostWorkerMixin:
         self._refuse_if_stale(message.epoch, message.step)
         with self._failing(message.epoch, message.step):
             self._fault(FaultPoint.BEFORE_SAMPLE)
-            with compat.chunked_generators_set_aside(self.model_runner):
+            stock = self._page.get_switch(Switch.STOCK_GENERATORS)
+            aside = compat.chunked_generators_set_aside(self.model_runner)
+            with contextlib.nullcontext() if stock else aside:
                 output = self.sample_tokens(message.grammar_output)  # type: ignore[attr-defined]
             self._fault(FaultPoint.AFTER_SAMPLE)
             self._finish(message)
@@ -137,8 +140,8 @@ class GhostWorkerMixin:
             self.rank, epoch=message.epoch, step=message.step, status=status, now_s=monotonic_s()
         )
 
-    def _fault(self, point: FaultPoint) -> None:
-        faults.hit(self._page, point, self.rank)
+    def _fault(self, point: FaultPoint) -> FaultAction | None:
+        return faults.hit(self._page, point, self.rank)
 
     # -- the arena -------------------------------------------------------------------------------------
 

@@ -1,33 +1,29 @@
 """What to do next in a recovery: event in, actions out.
 
-Knows no process, no clock, no bytes and no vLLM: `engine/` performs the actions, one at a time, under a lock,
-and reports back. A list of actions holds at most one piece of *work*, as its last; doing the work gives the
-next events.
+Knows no process, no clock, no bytes and no vLLM: `engine/` performs the actions in order, under a lock, and
+reports back. At most the last of a list of actions is *work*; doing it gives the next events.
 
     HEALTHY ─RanksLost──▶ Fence · RaiseEpoch · Run(leave) ▶ Run(spawn+regroup+weights) ▶ Run(state+kv) ─▶ end
         │                  ▲
         │                  └─ RanksLost or PhaseFailed in any phase: next epoch, and usually next attempt
         │
         └────StepRaised─▶ RaiseEpoch · Run(leave) ▶ Run(regroup) ▶ Run(state) ─▶ end
-
     end:  RetryStep (a step was in flight) ─StepAccepted─▶ HEALTHY
           FailStep  (it was, and is not worth another try) ▶ HEALTHY
           Resume    (none was)                             ▶ HEALTHY
     any time: GiveUp (all attempts are used up)            ▶ GIVEN_UP
 
 Theory of operation
-- *Epochs.* Each (re)start raises the epoch. What an older epoch reports is ignored, what a newer one reports
-  is our bug. A loss is stale only if the rank was given to another process since, so a survivor's death that
-  was noticed in the last epoch still counts.
-- *Attempts.* Losing ranks and failing phases use up attempts. An accepted step gives them back; so do
-  `calm_s` seconds of health, since an idle server accepts no steps. A loss that joins before anything was
-  spawned is part of the same attempt. The last attempt does not repeat a step that was repeated before: that
-  step may be what kills the ranks, so it fails and the server lives.
+- *Epochs.* Each (re)start raises the epoch. What an older epoch reports is ignored, but a loss is stale only
+  if the rank was given to another process since: a survivor's death noticed in the last epoch still counts.
+- *Attempts.* Losing ranks and failing phases use up attempts, but a loss that joins before anything was
+  spawned does not. An accepted step gives them back; so does `calm_s` of health, as an idle server accepts no
+  steps. The last attempt does not retry a step again: that step may be what kills the ranks, so it fails and
+  the server lives.
 - *A step that raises is not a lost rank* (REVIEW F13). All ranks roll back and the step is retried up to
   `max_step_retries` times; then it fails and serving goes on. Only a rank that alone raised each time is
-  fenced, once per step, and the step gets one more try. An exit during the roll-back explains the raise,
-  which then does not count. The roll-back forms the groups anew, since one rank's exception leaves its peers
-  inside a collective.
+  fenced, once per step, and the step gets one more try. A loss during the roll-back explains the raise, which
+  is then forgotten. The roll-back forms the groups anew, as a raise leaves peers in a collective.
 """
 
 from __future__ import annotations
@@ -36,7 +32,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import NoReturn
 
 from ghostserve.types import Decision, Phase, RecoveryPath
 
@@ -54,9 +49,6 @@ class State(Enum):
     HEALTHY = "healthy"  # steps may be sent
     RECOVERING = "recovering"  # no step but the one that RetryStep asks for
     GIVEN_UP = "given up"  # final: clients get an error, the process exits with 4; every event is ignored
-
-
-# ---- events ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +84,7 @@ class PhaseFailed:
 
 @dataclass(frozen=True, slots=True)
 class StepRaised:
-    """A step raised, all processes being alive.
-
-    `ranks`: whose own error it was, not those that failed because a peer left; if unknown, all that raised.
-    """
+    """A step raised, all being alive. `ranks`: whose own error it was, no peer's; NOBODY if unknown."""
 
     ranks: frozenset[int]
     reason: str
@@ -110,9 +99,6 @@ class StepAccepted:
 
 
 Event = RanksLost | PhaseDone | PhaseFailed | StepRaised | StepAccepted
-
-
-# ---- actions ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +117,10 @@ class RaiseEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Work: perform these phases, in this order or concurrently, on `RecoveryMachine.lost` and the survivors.
+    """Work: perform these phases, concurrently if you like, on `RecoveryMachine.lost` and the survivors.
 
-    Answer with a PhaseDone for each, or one PhaseFailed or RanksLost."""
+    Answer with a PhaseDone for each, or with one PhaseFailed or RanksLost.
+    """
 
     phases: tuple[Phase, ...]
     epoch: int
@@ -180,13 +167,11 @@ class AfterRaise(Enum):
     FAIL = "fail"
 
 
-def after_raise(
-    raises: Sequence[frozenset[int]], *, ranks: int, retries_max: int, may_fence: bool
-) -> Decision[AfterRaise]:
+def after_raise(raises: Sequence[frozenset[int]], *, retries: int, may_fence: bool) -> Decision[AfterRaise]:
     """`raises`: who raised, for each try of this step, the last one included."""
-    if len(raises) <= retries_max:
-        return Decision(choice=AfterRaise.RETRY, reason=f"raised {len(raises)} of {retries_max + 1} times")
-    alone = len(raises) > 1 and len(raises[0]) == 1 and len(set(raises)) == 1 and ranks > 1
+    if len(raises) <= retries:
+        return Decision(choice=AfterRaise.RETRY, reason=f"raised {len(raises)} of {retries + 1} times")
+    alone = len(raises) > 1 and len(raises[0]) == 1 and len(set(raises)) == 1
     if alone and may_fence:
         reason = f"rank {_value(raises[0])} alone raised {len(raises)} times"
         return Decision(choice=AfterRaise.FENCE, reason=reason)
@@ -206,11 +191,9 @@ class RecoveryMachine:
         calm_s: float = 300.0,
         epoch: int = 0,
     ) -> None:
-        assert ranks >= 1
-        assert parity_shards >= 0
-        assert max_attempts >= 1
-        assert max_step_retries >= 0
-        self.ranks = ranks
+        assert min(ranks, max_attempts) >= 1
+        assert min(parity_shards, max_step_retries) >= 0
+        self._everyone = frozenset(range(ranks))
         self.parity_shards = parity_shards
         self.max_attempts = max_attempts
         self.max_step_retries = max_step_retries
@@ -231,70 +214,51 @@ class RecoveryMachine:
         self._raises: list[frozenset[int]] = []
         self._fenced_for_raising = False
         self._fail_reason: str | None = None
-        self._history: deque[tuple[float, str, Event, Sequence[Action] | str]] = deque(maxlen=HISTORY_MAX)
+        self._history: deque[tuple[float, str, Event, Sequence[Action]]] = deque(maxlen=HISTORY_MAX)
 
     @property
     def phase(self) -> Phase | None:
         """The phase being performed; None when not recovering."""
-        if self._outstanding:
-            return self._outstanding[0]
-        return Phase.RETRY if self._retrying else None
+        retry = Phase.RETRY if self._retrying else None
+        return self._outstanding[0] if self._outstanding else retry
 
     @property
     def history(self) -> tuple[str, ...]:
         """The last events, each with the state it met and what it led to; for messages only."""
         return tuple(
-            f"{at_s:.3f} [{where}] {text(event)} -> "
-            + (led_to if isinstance(led_to, str) else "; ".join(map(text, led_to)) or "nothing")
-            for at_s, where, event, led_to in self._history
+            f"{at_s:.3f} [{where}] {text(event)} -> {'; '.join(map(text, actions)) or 'nothing'}"
+            for at_s, where, event, actions in self._history
         )
 
     def expected_path(self) -> Decision[RecoveryPath]:
         """How the KV of the lost ranks should come back; what really happened is in the report."""
         n, m = len(self.lost), self.parity_shards
-        if n <= m:
-            return Decision(choice=RecoveryPath.REBUILD, reason=f"{n} lost, parity covers {m}")
-        reason = f"{n} lost, parity covers {m}: only mirrored blocks come back"
-        return Decision(choice=RecoveryPath.RECOMPUTE, reason=reason)
+        path = RecoveryPath.REBUILD if n <= m else RecoveryPath.RECOMPUTE
+        return Decision(choice=path, reason=f"{n} lost, parity covers {m}, mirrors any number")
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
-        """Take one event; perform the actions in order before the next call. Raises IllegalTransition.
+        """Take one event; the actions are performed before the next call. Raises IllegalTransition.
 
-        An empty answer while RECOVERING: the current work is still owed. While HEALTHY: what was reported has
-        been repaired already, and a step that it interrupted must be sent again by its owner.
+        No actions while RECOVERING: the current work is still owed. None on a loss while HEALTHY: it was
+        repaired before, and the owner of a step that it interrupted sends it again.
         """
         if isinstance(event, StepAccepted) and self.state is State.HEALTHY and event.epoch == self.epoch:
             self.attempts = 0  # every step comes by here: not worth a line of history
             return []
         where = f"{self.state.value}{f' {self.phase.value}' if self.phase else ''} epoch={self.epoch}"
-        if event.epoch > self.epoch:
-            self._illegal(event, where, now_s, "it is of an epoch that has not begun")
-        if self.state is State.GIVEN_UP or (event.epoch < self.epoch and not isinstance(event, RanksLost)):
-            self._history.append((now_s, where, event, "ignored"))
-            return []
-        match event:
-            case RanksLost():
-                actions = self._ranks_lost(event, where, now_s)
-            case PhaseDone(phase=phase) if phase in self._outstanding:
-                self._outstanding.remove(phase)
-                actions = [] if self._outstanding else self._next(now_s)
-            case PhaseFailed(phase=phase, ranks=ranks) if phase in self._outstanding and self._known(ranks):
-                actions = self._begin(ranks, f"{phase.value} failed: {event.reason}", is_attempt=True)
-            case StepRaised(ranks=ranks) if self._awaits_step() and ranks and self._known(ranks):
-                actions = self._step_raised(ranks, event.reason)
-            case StepAccepted() if self._retrying:
-                self.attempts = 0
-                self._end(now_s)
-                actions = []
-            case _:
-                self._illegal(event, where, now_s, "this state does not expect it")
+        why_illegal = self._why_illegal(event)
+        if why_illegal:
+            what = f"{now_s:.3f} [{where}] {text(event)} is illegal: {why_illegal}; before it:"
+            raise IllegalTransition("\n".join((what, *self.history)))
+        is_stale = event.epoch < self.epoch and not isinstance(event, RanksLost)
+        actions = [] if is_stale or self.state is State.GIVEN_UP else self._decide(event, now_s)
         self._history.append((now_s, where, event, actions))
         return actions
 
     def check(self) -> None:
         """Assert what must hold between two events."""
         assert 0 <= self.attempts <= self.max_attempts
-        assert self._known(self.lost)
+        assert self.lost <= self._everyone
         assert all(e <= self.epoch for e in self._started_in)
         assert not (self._outstanding and self._retrying)
         match self.state:
@@ -311,17 +275,40 @@ class RecoveryMachine:
             case State.GIVEN_UP:
                 assert self.phase is None
 
-    # ---- inside ----
+    def _why_illegal(self, event: Event) -> str | None:
+        """None: the event may come now."""
+        if event.epoch > self.epoch:
+            return "that epoch has not begun"
+        if isinstance(event, RanksLost | PhaseFailed | StepRaised) and not event.ranks <= self._everyone:
+            return "no such ranks"
+        if event.epoch < self.epoch or self.state is State.GIVEN_UP:
+            return None
+        match event:
+            case PhaseDone(phase=phase) | PhaseFailed(phase=phase) if phase not in self._outstanding:
+                return "that phase is not being run"
+            case StepRaised() | StepAccepted() if self._outstanding:
+                return "no step may be running"
+        return None
 
-    def _known(self, ranks: frozenset[int]) -> bool:
-        return all(0 <= r < self.ranks for r in ranks)
+    def _decide(self, event: Event, now_s: float) -> list[Action]:
+        match event:
+            case RanksLost():
+                return self._ranks_lost(event, now_s)
+            case PhaseDone():
+                self._outstanding.remove(event.phase)
+                return [] if self._outstanding else self._next(now_s)
+            case PhaseFailed():
+                return self._begin(
+                    event.ranks, f"{event.phase.value} failed: {event.reason}", is_attempt=True
+                )
+            case StepRaised():
+                return self._step_raised(event.ranks, event.reason)
+            case StepAccepted():
+                self.attempts = 0
+                self._end(now_s)
+                return []
 
-    def _awaits_step(self) -> bool:
-        return self.state is State.HEALTHY or self._retrying
-
-    def _ranks_lost(self, event: RanksLost, where: str, now_s: float) -> list[Action]:
-        if not event.ranks or not self._known(event.ranks):
-            self._illegal(event, where, now_s, "no such ranks")
+    def _ranks_lost(self, event: RanksLost, now_s: float) -> list[Action]:
         waiting = NOBODY if self._spawned else self.lost  # lost already, nobody in their place yet
         fresh = frozenset(r for r in event.ranks - waiting if self._started_in[r] <= event.epoch)
         if event.step_in_flight and (fresh or self.state is State.RECOVERING):
@@ -338,12 +325,9 @@ class RecoveryMachine:
     def _step_raised(self, ranks: frozenset[int], reason: str) -> list[Action]:
         self._in_flight = True
         self._raises.append(ranks)
-        decision = after_raise(
-            self._raises,
-            ranks=self.ranks,
-            retries_max=self.max_step_retries,
-            may_fence=not self._fenced_for_raising and self.attempts < self.max_attempts,
-        )
+        is_replaceable = len(self._everyone) > 1 and self.attempts < self.max_attempts
+        may_fence = is_replaceable and not self._fenced_for_raising
+        decision = after_raise(self._raises, retries=self.max_step_retries, may_fence=may_fence)
         reason = f"{reason} ({decision.reason})"
         if decision.choice is AfterRaise.FENCE:
             self._fenced_for_raising = True
@@ -355,8 +339,7 @@ class RecoveryMachine:
     def _begin(self, ranks: frozenset[int], reason: str, *, is_attempt: bool) -> list[Action]:
         """(Re)start a recovery for the lost ranks and these: in the next epoch, from the first phase."""
         self._retrying = False
-        self._outstanding = []
-        self._groups = []
+        self._outstanding, self._groups = [], []
         self.lost |= ranks
         if is_attempt:
             if self.attempts == self.max_attempts:
@@ -385,16 +368,12 @@ class RecoveryMachine:
         if self._groups:
             return [self._run_group()]
         self.lost = NOBODY
-        self._spawned = False
-        if self._fail_reason is not None:
-            reason = self._fail_reason
-            self._end(now_s)
-            return [FailStep(reason)]
-        if self._in_flight:
+        if self._in_flight and self._fail_reason is None:
             self._retrying = self._retried = True
             return [RetryStep(self.epoch)]
+        last = Resume() if self._fail_reason is None else FailStep(self._fail_reason)
         self._end(now_s)
-        return [Resume()]
+        return [last]
 
     def _end(self, now_s: float) -> None:
         self.state = State.HEALTHY
@@ -403,31 +382,15 @@ class RecoveryMachine:
         self._raises = []
         self._fail_reason = None
 
-    def _illegal(self, event: Event, where: str, now_s: float, why: str) -> NoReturn:
-        what = f"{now_s:.3f} [{where}] {text(event)} is illegal: {why}; before it:"
-        raise IllegalTransition("\n".join((what, *self.history)))
-
 
 def text(message: Event | Action) -> str:
     """An event or action in one short line: for history, logs and scenarios."""
-    pairs = ((f.name, getattr(message, f.name)) for f in fields(message))
-    return " ".join(
-        [
-            type(message).__name__,
-            *(f"{name}={_value(value)}" for name, value in pairs if value is not False and value != NOBODY),
-        ]
-    )
+    values = {field.name: getattr(message, field.name) for field in fields(message)}
+    shown = (f"{name}={_value(v)}" for name, v in values.items() if v is not False and v != NOBODY)
+    return " ".join((type(message).__name__, *shown))
 
 
 def _value(value: object) -> str:
-    match value:
-        case frozenset():
-            return ",".join(map(str, sorted(value)))
-        case tuple():
-            return "+".join(map(_value, value))
-        case Phase():
-            return value.value
-        case str():
-            return repr(value)
-        case _:
-            return str(value)
+    if isinstance(value, frozenset | tuple):
+        return ",".join(map(_value, sorted(value) if isinstance(value, frozenset) else value))
+    return repr(value) if isinstance(value, str) else str(getattr(value, "value", value))

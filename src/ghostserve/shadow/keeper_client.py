@@ -37,7 +37,7 @@ from ghostserve.shadow.keeper_messages import (
 logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 2.0
-_BACKOFF_MIN_S, _BACKOFF_MAX_S = 0.02, 1.0
+_BACKOFF_MIN_S, _BACKOFF_MAX_S = 0.02, 0.1  # an attempt costs microseconds, and a restart takes 0.3 s
 _KILLED_TIMEOUT_S = 2.0  # a killed keeper's sockets are closed by then
 
 

@@ -48,10 +48,15 @@ class EncodeJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WipeJob:
-    """Make frames read as zeros and give their memory back; at most WIPE_FRAMES_MAX."""
+    """Make frames read as zeros; at most WIPE_FRAMES_MAX.
+
+    `give_back`: their memory goes back to the system. Otherwise it is overwritten in place and stays mapped,
+    which is an order of magnitude cheaper for whoever writes the frame next.
+    """
 
     job: int
     frames: tuple[int, ...]
+    give_back: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,7 +90,11 @@ class KeeperWork:
         geometry = self._known_geometry()
         _check_frames(job.frames, geometry)
         for first, count in _runs(sorted(job.frames)):
-            self._pool.punch(first * geometry.frame_bytes, count * geometry.frame_bytes)
+            start, length = first * geometry.frame_bytes, count * geometry.frame_bytes
+            if job.give_back:
+                self._pool.punch(start, length)
+            else:
+                self._pool.array[start : start + length] = 0
 
     def _stripe(self, job: EncodeJob) -> tuple[list[Bytes], list[Bytes], XorCodec]:
         """The job's mirrors and parity, `nbytes` long each; ProtocolError if it asks for what cannot be."""

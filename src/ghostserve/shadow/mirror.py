@@ -106,14 +106,16 @@ class Mirror:
         target = self._frame(frame)[: layout.block_size * self.slot_bytes(group)]
         self._gather(block, group, 0, layout.block_size, target)
 
-    def adopt(self, *, block: int, group: int, slots: int, log: npt.NDArray[np.uint8], checksum: int) -> int:
-        """Write the first `slots` slots of a packed log into KV memory, if its checksum holds.
+    def adopt(
+        self, *, block: int, group: int, slots: int, log: npt.NDArray[np.uint8], checksum: int | None
+    ) -> int:
+        """Write the first `slots` slots of a packed log into KV memory, if its checksum holds (None: unchecked).
 
         Returns the bytes written. Raises CorruptionError and writes nothing otherwise.
         """
         nbytes = slots * self.slot_bytes(group)
         found = zlib.crc32(log[:nbytes].data)
-        if found != checksum:
+        if checksum is not None and found != checksum:
             raise CorruptionError(f"block {block}: crc32 {found:08x} is not the recorded {checksum:08x}")
         source = torch.from_numpy(log[:nbytes]).view(self.kv.dtype).to(self.kv.device)
         self.kv.index_copy_(0, self._index(block, group, 0, slots), source)

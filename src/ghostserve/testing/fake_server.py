@@ -1,9 +1,6 @@
-"""A stand-in for the whole server, without vLLM: real routes, real processes to kill, made-up tokens.
+"""A stand-in for the whole server, without vLLM: our real routes, and as much of the OpenAI API as we use.
 
-For tests of the page, the command line and the demo, which must not wait half a minute for a model. The
-workers are `sleep` processes; tokens are a function of prompt and position alone, so a failure-free answer
-is reproducible; a dead worker holds every stream up until it is replaced. With `skip_restore` on, what
-follows a loss is other text, and with `force_recompute` the recovery reports that path.
+For tests of the page, the command line and the demo, which must not wait half a minute for a model.
 
     python -m ghostserve.testing.fake_server --port 8000        for a look at /ui
 """
@@ -11,190 +8,14 @@ follows a loss is other text, and with `force_recompute` the recovery reports th
 from __future__ import annotations
 
 import argparse
-import json
-import random
-import subprocess
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from ghostserve.arena.names import Counter, Fault, FaultAction, FaultPoint, Switch
-from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.types import Phase
-from ghostserve.web.processes import read_start_time_ticks
+from ghostserve.testing.fake_engine import FakeEngine
 from ghostserve.web.routes import build_router
-
-WORDS = (
-    "def return self for in if not import class with open path as None yield \n \n    ( ) : = name , .".split(
-        " "
-    )
-)
-FRAME_BYTES = 65536
-BLOCK_TOKENS = 32
-
-
-class FakeEngine:
-    """Implements `web.routes.Page`, and is the engine behind it as well."""
-
-    def __init__(self, *, ranks: int = 2, token_s: float = 0.012, outage_s: float = 1.2) -> None:
-        self.token_s = token_s
-        self.outage_s = outage_s
-        self.epoch = 0
-        self.losses = 0
-        self.tokens = 0
-        self.recoveries: list[dict[str, Any]] = []
-        self.switches = dict.fromkeys(Switch, False)
-        self.faults: list[Fault] = []
-        self.corrupt = False
-        self.state = "serving"
-        self.lock = threading.Lock()
-        self.workers = [self._spawn() for _ in range(ranks)]
-
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(["sleep", "600"])
-
-    def close(self) -> None:
-        """End the stand-ins of the workers."""
-        for worker in self.workers:
-            worker.kill()
-            worker.wait()
-
-    # -- the page -----------------------------------------------------------------------------------------
-
-    def read_state(self) -> dict[str, Any] | None:
-        ranks = [
-            {
-                "rank": rank,
-                "pid": worker.pid,
-                "start_time": read_start_time_ticks(worker.pid) or 0,
-                "state": "lost" if worker.poll() is not None else "alive",
-                "title": f"VLLM::Worker_TP{rank}",
-            }
-            for rank, worker in enumerate(self.workers)
-        ]
-        return {
-            "version": "0.0.0",
-            "vllm": "0.32.0",
-            "torch": "2.13.0",
-            "model": "tiny-llama",
-            "dtype": "float32",
-            "tensor_parallel_size": len(ranks),
-            "block_size": BLOCK_TOKENS,
-            "max_model_len": 4096,
-            "epoch": self.epoch,
-            "state": self.state,
-            "phase": "spawn" if self.state == "recovering" else None,
-            "ranks": ranks,
-            "keeper": {"pid": 4242, "restarts": 0},
-            "shadow": self._shadow(),
-            "recoveries_total": len(self.recoveries),
-            "last_recovery": self.recoveries[-1] if self.recoveries else None,
-            "recoveries": self.recoveries[-16:],
-        }
-
-    def _shadow(self) -> dict[str, Any]:
-        blocks = self.tokens // BLOCK_TOKENS
-        return {
-            "protection": "parity",
-            "parity_shards": 1,
-            "frame_bytes": FRAME_BYTES,
-            "parity_bytes": blocks * FRAME_BYTES,
-            "mirror_bytes": 2 * FRAME_BYTES,
-            "budget_bytes": 256 << 20,
-            "sealed_blocks": blocks,
-            "coded_blocks": blocks,
-            "tail_blocks": 1,
-            "unprotected_blocks": 0,
-            "backlog_blocks": 0,
-            "bound_bytes": (blocks + 6) * FRAME_BYTES,
-            "bound_holds": True,
-        }
-
-    def counters(self) -> dict[str, int]:
-        blocks = self.tokens // BLOCK_TOKENS
-        values = {Counter.KV_BYTES_PROTECTED: 2 * blocks * FRAME_BYTES, Counter.STEPS_TOTAL: self.tokens}
-        return {counter.name.lower(): values.get(counter, 0) for counter in Counter}
-
-    def arm_fault(self, *, point: FaultPoint, rank: int, action: FaultAction, skip: int = 0) -> int:
-        self.faults.append(Fault(point=point, rank=rank, action=action, skip=skip))
-        return len(self.faults) - 1
-
-    def disarm_faults(self) -> None:
-        self.faults.clear()
-
-    def armed_faults(self) -> list[Fault]:
-        return list(self.faults)
-
-    def get_switch(self, switch: Switch) -> bool:
-        return self.switches[switch]
-
-    def set_switch(self, switch: Switch, on: bool) -> None:
-        self.switches[switch] = on
-
-    # -- the engine ---------------------------------------------------------------------------------------
-
-    def step(self) -> None:
-        """One token's time; heals a dead worker first, as the engine's own thread does."""
-        sleep_s(self.token_s)
-        with self.lock:
-            lost = [rank for rank, worker in enumerate(self.workers) if worker.poll() is not None]
-            if lost:
-                self._recover(lost)
-            self.tokens += 1
-
-    def _recover(self, lost: list[int]) -> None:
-        began_s, self.state = monotonic_s(), "recovering"
-        pids = [self.workers[rank].pid for rank in lost]
-        sleep_s(self.outage_s)
-        for rank in lost:
-            self.workers[rank] = self._spawn()
-        self.epoch += 1
-        self.losses += 1
-        self.corrupt = self.switches[Switch.SKIP_RESTORE]
-        recompute = self.switches[Switch.FORCE_RECOMPUTE]
-        blocks = 0 if self.corrupt or recompute else self.tokens // BLOCK_TOKENS
-        total_ms = (monotonic_s() - began_s) * 1e3
-        share_ms = total_ms / 10
-        phases_ms = dict.fromkeys((phase.value for phase in Phase), share_ms) | {"spawn": 2 * share_ms}
-        self.recoveries.append(
-            {
-                "epoch": self.epoch,
-                "lost_ranks": lost,
-                "lost_pids": pids,
-                "path": "recompute" if recompute else "rebuild",
-                "ok": True,
-                "reason": "a worker process ended",
-                "phases_ms": phases_ms,
-                "total_ms": total_ms,
-                "kv_blocks_from_parity": blocks,
-                "kv_blocks_from_mirrors": 1,
-                "kv_bytes_rebuilt": blocks * FRAME_BYTES,
-                "tokens_recomputed": self.tokens if recompute else 0,
-                "requests_recomputed": int(recompute),
-            }
-        )
-        self.state = "serving"
-
-    def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
-        """The server-sent events of one answer."""
-        self.corrupt = False
-        good, wrong = random.Random(prompt), random.Random(prompt + "!")
-        for index in range(max_tokens):
-            self.step()
-            drawn = good.randrange(len(WORDS)), wrong.randrange(len(WORDS))
-            token = drawn[1] if self.corrupt else drawn[0]
-            choice = {
-                "index": 0,
-                "text": " " + WORDS[token],
-                "token_ids": [token],
-                "finish_reason": "length" if index + 1 == max_tokens else None,
-            }
-            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-        yield "data: [DONE]\n\n"
 
 
 def build_app(engine: FakeEngine, *, api_keys: tuple[str, ...] = (), fault_injection: bool = True) -> FastAPI:
@@ -222,14 +43,22 @@ def build_app(engine: FakeEngine, *, api_keys: tuple[str, ...] = (), fault_injec
 
 
 def main() -> None:
-    """Serve until interrupted."""
+    """Serve until interrupted. Flags of the real server are accepted and ignored."""
     parser = argparse.ArgumentParser(description="A stand-in server without vLLM, for a look at /ui.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tensor-parallel-size", type=int, default=2)
     parser.add_argument("--api-key", action="append", default=[])
-    options = parser.parse_args()
-    engine = FakeEngine(ranks=options.ranks)
+    parser.add_argument("--token-s", type=float, default=0.012)
+    parser.add_argument("--outage-s", type=float, default=1.2)
+    parser.add_argument("--exit-code-at-loss", type=int)
+    options, _ignored = parser.parse_known_args()
+    engine = FakeEngine(
+        ranks=options.tensor_parallel_size,
+        token_s=options.token_s,
+        outage_s=options.outage_s,
+        exit_code_at_loss=options.exit_code_at_loss,
+    )
     try:
         app = build_app(engine, api_keys=tuple(options.api_key))
         uvicorn.run(app, host=options.host, port=options.port, log_level="warning")

@@ -1,0 +1,32 @@
+"""Servers for the real-process tests: one per configuration, shared by its cases, counted at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from real import kit
+
+SERVERS_MAX = 8
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_servers() -> Iterator[None]:
+    """`make test` must stay cheap: a start takes 15-60 s."""
+    yield
+    assert len(kit.STARTED) <= SERVERS_MAX, kit.STARTED
+
+
+def _serving(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -> Iterator[kit.Served]:
+    served = kit.serve(tmp_path_factory.mktemp(name), name, *flags)
+    try:
+        yield served
+    finally:
+        served.server.stop()
+        if not served.server.poll() == 0:
+            print(served.server.log_tail(lines=80))
+
+
+@pytest.fixture(scope="session")
+def float32(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Served]:
+    yield from _serving(tmp_path_factory, "float32", "--dtype", "float32", "--enforce-eager")

@@ -1,0 +1,76 @@
+"""Model families with random weights, built by transformers for the test and thrown away after it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from real.kit import TINY
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def build(name: str, directory: Path) -> Path:
+    """A small model of the family in `directory`, with the shipped tokenizer. Weights are wide enough apart
+    that greedy decoding does not fall into a loop at once.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    model = MODELS[name](shape).float().eval()
+    model.save_pretrained(directory)
+    for file in TOKENIZER_FILES:
+        shutil.copy(TINY / file, directory / file)
+    return directory
+
+
+def _llama(shape: dict[str, Any]) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+
+
+def _qwen3(shape: dict[str, Any]) -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
+
+
+def _mixtral(shape: dict[str, Any]) -> Any:
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+    )
+
+
+def _gemma3(shape: dict[str, Any]) -> Any:
+    """Sliding-window and full attention: two KV cache groups over the same bytes."""
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **shape,
+            sliding_window=64,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            query_pre_attn_scalar=32,
+        )
+    )
+
+
+def _mamba(shape: dict[str, Any]) -> Any:
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=shape["vocab_size"], hidden_size=128, num_hidden_layers=2)
+    )
+
+
+MODELS = {"llama": _llama, "qwen3": _qwen3, "moe": _mixtral, "hybrid-kv": _gemma3, "mamba": _mamba}

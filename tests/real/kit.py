@@ -1,0 +1,232 @@
+"""What the real-process tests share: servers, requests, references, and the assertions of a repaired loss.
+
+A reference is the failure-free run of the same request on the same server; it is run once and kept. Reference
+and faulted run have different cache salts, so that neither feeds on the other's prefix cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+import ghostserve
+from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.testing.client import StreamResult, stream_completion
+from ghostserve.testing.oracle import compare_choices
+from ghostserve.testing.server import ServerProcess, ghostserve_command
+
+TINY = Path(ghostserve.__file__).parent / "models" / "tiny-llama"
+PROMPTS = {
+    item["name"]: item["prompt"]
+    for item in json.loads((TINY.parent / "prompts.json").read_text(encoding="utf-8"))
+}
+SERVER_ENV = {"VLLM_SERVER_DEV_MODE": "1"}
+STARTED: list[str] = []  # every server start of this session, by configuration
+_salts = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request, hashable so that its reference can be kept."""
+
+    prompt: str = PROMPTS["for-name"]
+    max_tokens: int = 120
+    temperature: float = 0.0
+    seed: int | None = None
+    n: int = 1
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "n": self.n,
+        }
+
+
+SEEDED = Ask(temperature=0.8, seed=7)
+SEEDED_PAIR = Ask(temperature=0.8, seed=11, n=2, max_tokens=90)
+LONG_PROMPT = Ask(prompt=(PROMPTS["for-name"] + "\n") * 110, max_tokens=40)
+LONG_SEEDED = Ask(prompt=(PROMPTS["for-name"] + "\n") * 110, max_tokens=40, temperature=0.8, seed=5)
+
+
+@dataclass(slots=True)
+class Served:
+    """A running server and the references taken on it."""
+
+    server: ServerProcess
+    references: dict[Ask, StreamResult] = field(default_factory=dict)
+
+    # -- requests --------------------------------------------------------------------------------------
+
+    def run(self, ask: Ask, *, on_token: Any = None, salt: str | None = None, timeout_s: float = 90.0) -> StreamResult:
+        return stream_completion(
+            self.server.base_url,
+            model="tiny",
+            cache_salt=salt or fresh_salt(),
+            on_token=on_token,
+            timeout_s=timeout_s,
+            **ask.body,
+        )
+
+    def run_together(self, asks: Sequence[Ask], *, during: Callable[[Callable[[], int]], None] | None = None) -> list[StreamResult]:
+        """All requests queued before the first step, so that the batch is the same each time.
+
+        `during(tokens)` runs in the caller's thread while they stream; `tokens()` counts what arrived so far.
+        """
+        results: dict[int, StreamResult] = {}
+        arrived = itertools.count()
+        seen = [0]
+
+        def count(index: int, ids: Sequence[int], text: str, at_s: float) -> None:
+            for _ in ids:
+                seen[0] = next(arrived) + 1
+
+        def one(position: int) -> None:
+            results[position] = self.run(asks[position], on_token=count)
+
+        self.post("/pause?mode=keep&clear_cache=false")
+        threads = [threading.Thread(target=one, args=(position,)) for position in range(len(asks))]
+        for position, thread in enumerate(threads):
+            thread.start()
+            self.wait_for_waiting(position + 1)  # arrival order is part of the batch
+        self.post("/resume")
+        if during is not None:
+            during(lambda: seen[0])
+        for thread in threads:
+            thread.join(timeout=120)
+            assert not thread.is_alive(), "a stream did not end"
+        return [results[position] for position in range(len(asks))]
+
+    def reference(self, ask: Ask) -> StreamResult:
+        """The failure-free run."""
+        if ask not in self.references:
+            result = self.run(ask)
+            assert result.error is None, result.error
+            assert all(len(ids) == ask.max_tokens for ids in result.token_ids.values()), "a short reference"
+            self.references[ask] = result
+        return self.references[ask]
+
+    # -- the server ------------------------------------------------------------------------------------
+
+    def post(self, path: str, body: Any = None) -> Any:
+        answer = httpx.post(self.server.base_url + path, json=body, timeout=30.0)
+        assert answer.is_success, f"{path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
+
+    def wait_for_waiting(self, requests: int) -> None:
+        """Until so many requests are queued (the scheduler is paused)."""
+        deadline_s = monotonic_s() + 10
+        while True:
+            text = httpx.get(self.server.base_url + "/metrics", timeout=10.0).text
+            waiting = sum(
+                float(line.rpartition(" ")[2])
+                for line in text.splitlines()
+                if line.startswith(("vllm:num_requests_waiting{", "vllm:num_requests_running{"))
+            )
+            if waiting >= requests or monotonic_s() > deadline_s:
+                return
+            sleep_s(0.02)
+
+    def rpc(self, method: str) -> list[Any]:
+        """Call a worker's method on every rank (vLLM's development route)."""
+        results: list[Any] = self.post("/collective_rpc", {"method": method})["results"]
+        return results
+
+    def kill(self, rank: int) -> dict[str, Any]:
+        """SIGKILL a rank's process now (no look around first: the stream goes on meanwhile)."""
+        return self.server.admin.kill_rank(rank)
+
+    def arm(self, *, point: str, rank: int, action: str, skip: int = 0) -> None:
+        self.server.admin.arm_fault(point=point, rank=rank, action=action, skip=skip)
+
+    def settle(self) -> dict[str, Any]:
+        """Serving, everything sealed is coded, nothing runs."""
+        return self.server.wait_status(
+            lambda status: status["state"] == "serving"
+            and status["shadow"]["backlog_blocks"] == 0
+            and all(rank["state"] == "alive" for rank in status["ranks"]),
+            timeout_s=20,
+            what="serving with everything coded",
+        )
+
+    def recovery(self, *, after: int) -> dict[str, Any]:
+        """The report of the recovery that follows `after` recoveries."""
+        status = self.server.wait_status(
+            lambda status: status["recoveries_total"] > after and status["state"] == "serving",
+            timeout_s=60,
+            what="a recovery",
+        )
+        report: dict[str, Any] = status["last_recovery"]
+        return report
+
+    def recoveries(self) -> int:
+        return int(self.server.status()["recoveries_total"])
+
+
+def fresh_salt() -> str:
+    return f"salt-{next(_salts)}"
+
+
+def serve(tmp_path: Path, name: str, *flags: str, model: Path = TINY, env: dict[str, str] | None = None) -> Served:
+    """Start a server of ours for one configuration and wait for it."""
+    command = ghostserve_command(
+        model,
+        "--tensor-parallel-size", "2",
+        "--max-model-len", "4096",
+        "--max-num-seqs", "16",
+        "--max-num-batched-tokens", "256",
+        "--block-size", "32",
+        "--kv-cache-memory-bytes", str(48 << 20),
+        "--enable-fault-injection",
+        "--enable-prompt-tokens-details",
+        "--served-model-name", "tiny",
+        *flags,
+    )  # fmt: skip
+    server = ServerProcess(command, log_dir=tmp_path, env={**SERVER_ENV, **(env or {})})
+    STARTED.append(name)
+    server.start()
+    server.wait_ready(timeout_s=180)
+    return Served(server)
+
+
+class Hurt:
+    """A callback that does something once, when a stream has shown so many tokens."""
+
+    def __init__(self, at_token: int, action: Callable[[], Any]) -> None:
+        self._at_token = at_token
+        self._action = action
+        self._seen = 0
+        self.answer: Any = None
+        self.done = False
+
+    def __call__(self, index: int, ids: Sequence[int], text: str, at_s: float) -> None:
+        self._seen += len(ids)
+        if not self.done and self._seen >= self._at_token:
+            self.done = True
+            self.answer = self._action()
+
+
+def assert_same(reference: StreamResult, faulted: StreamResult) -> None:
+    """The one oracle."""
+    assert faulted.error is None, faulted.error
+    verdict = compare_choices(reference.token_ids, faulted.token_ids)
+    assert verdict.identical, verdict
+
+
+def assert_rebuilt(report: dict[str, Any], *, sealed: bool) -> None:
+    """The right path, not only the right tokens."""
+    assert report["ok"], report
+    assert report["path"] == "rebuild", report
+    assert report["tokens_recomputed"] == 0, report
+    if sealed:
+        assert report["kv_blocks_from_parity"] > 0, report

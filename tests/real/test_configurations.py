@@ -1,0 +1,121 @@
+"""The same losses under other dtypes, compiled, and with other model families. Each starts one server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+
+import pytest
+from real import families, kit
+from real.kit import LONG_PROMPT, PROMPTS, SEEDED, Ask, Served, assert_rebuilt, assert_same
+
+from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.engine import leftovers
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+
+
+def lose_both_in_turn(served: Served, asks: list[Ask]) -> None:
+    """Kill rank 1, then rank 0, in the middle of the same batch; all streams must be as without."""
+    references = served.run_together(asks)
+    again = served.run_together(asks)
+    for reference, result in zip(references, again, strict=True):
+        assert_same(reference, result)  # failure-free runs agree, or the comparison below would prove nothing
+    served.settle()
+    before = served.recoveries()
+
+    def during(tokens) -> None:
+        for rank, at in ((1, 100), (0, 220)):
+            served.server.wait_status(lambda _, at=at: tokens() >= at, timeout_s=90, what=f"{at} tokens")
+            served.kill(rank)
+            served.recovery(after=before + 1 - rank)
+
+    faulted = served.run_together(asks, during=during)
+    for reference, result in zip(references, faulted, strict=True):
+        assert_same(reference, result)
+    reports = served.server.status()["recoveries"][-2:]
+    assert [report["lost_ranks"] for report in reports] == [[1], [0]]
+    for report in reports:
+        assert_rebuilt(report, sealed=True)
+
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled mode needs a C++ compiler")
+FOUR = [Ask(max_tokens=110), Ask(prompt=PROMPTS["walk"], max_tokens=90), SEEDED, Ask(max_tokens=100, temperature=0.9, seed=4)]
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serving(tmp_path_factory, "bfloat16", "--dtype", "bfloat16", "--enforce-eager")
+
+
+def serving(
+    factory: pytest.TempPathFactory,
+    name: str,
+    *flags: str,
+    model: str | None = None,
+    env: dict[str, str] | None = None,
+) -> Iterator[Served]:
+    directory = factory.mktemp(name)
+    path = kit.TINY if model is None else families.build(model, directory / "model")
+    served = kit.serve(directory, name, *flags, model=path, env=env)
+    try:
+        yield served
+    finally:
+        if served.server.poll() is None:
+            assert served.server.stop() == 0, served.server.log_tail(lines=80)
+
+
+def test_bfloat16(bfloat16: Served) -> None:
+    """Batch composition is held equal: in bfloat16 it could round differently otherwise."""
+    lose_both_in_turn(bfloat16, FOUR)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_bfloat16_chunked_prefill(bfloat16: Served, rank: int) -> None:
+    asks = [Ask(max_tokens=50), LONG_PROMPT]
+    references = bfloat16.run_together(asks)
+    before = bfloat16.recoveries()
+    bfloat16.arm(point="staged", rank=rank, action="kill", skip=4)
+    for reference, result in zip(references, bfloat16.run_together(asks), strict=True):
+        assert_same(reference, result)
+    assert_rebuilt(bfloat16.recovery(after=before), sealed=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        # torch.compile is vLLM's default: survivors keep their code, the newcomer compiles from the cache.
+        pytest.param("qwen3", (), marks=NEEDS_COMPILER, id="qwen3-compiled"),
+        pytest.param("moe", ("--enforce-eager",), id="moe"),
+        pytest.param("hybrid-kv", ("--enforce-eager",), id="hybrid-kv"),
+    ],
+)
+def test_family(tmp_path_factory: pytest.TempPathFactory, family: str, flags: tuple[str, ...]) -> None:
+    env = {} if "--enforce-eager" in flags else {"TORCHDYNAMO_DISABLE": "0"}
+    for served in serving(tmp_path_factory, family, "--dtype", "float32", *flags, model=family, env=env):
+        lose_both_in_turn(served, FOUR)
+        long = Ask(prompt=PROMPTS["for-name"] * 20, max_tokens=30)
+        reference, salt, before = served.reference(long), kit.fresh_salt(), served.recoveries()
+        assert_same(reference, served.run(long, salt=salt))
+        served.settle()
+        served.kill(0)  # while idle: what the prefix cache holds must be right afterwards
+        served.recovery(after=before)
+        assert_same(reference, served.run(long, salt=salt))
+
+
+def test_a_killed_tree_leaves_nothing(bfloat16: Served) -> None:
+    """SIGKILL of the front process, then of all the others at once; the next start sweeps vLLM's segments."""
+    server = bfloat16.server
+    server.record_processes()
+    os.kill(server.pid, signal.SIGKILL)
+    deadline_s = monotonic_s() + 30
+    while server.leaks().processes and monotonic_s() < deadline_s:
+        sleep_s(0.1)
+    assert not server.leaks().processes, "processes outlive the front"
+    server.wait_exit(timeout_s=10)
+    leftovers.sweep()
+    leaks = server.leaks()
+    assert not leaks.shared_memory, leaks
+    assert not [name for name in leaks.temporary_files if name.startswith("ghostserve")], leaks

@@ -1,0 +1,230 @@
+"""One rank dies; every open stream goes on with the tokens it would have had. TP=2, float32, eager."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from real.kit import (
+    LONG_PROMPT,
+    LONG_SEEDED,
+    PROMPTS,
+    SEEDED,
+    SEEDED_PAIR,
+    Ask,
+    Hurt,
+    Served,
+    assert_rebuilt,
+    assert_same,
+    fresh_salt,
+)
+
+from ghostserve.testing.client import StopStreaming
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
+RANKS = [0, 1]
+POINTS = ["before_model", "after_model", "staged", "before_sample", "after_sample", "before_reply"]
+
+
+@pytest.fixture(autouse=True)
+def _healthy(float32: Served):
+    """Each case starts and ends with a server that serves, all of it protected."""
+    float32.settle()
+    yield
+    float32.server.admin.disarm_faults()
+    float32.settle()
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("ask", [Ask(), SEEDED, SEEDED_PAIR], ids=["greedy", "seeded", "seeded-n2"])
+def test_kill_in_decode(float32: Served, ask: Ask, rank: int) -> None:
+    reference, before = float32.reference(ask), float32.recoveries()
+    hurt = Hurt(80, lambda: float32.kill(rank))
+    faulted = float32.run(ask, on_token=hurt)
+    assert hurt.done
+    assert_same(reference, faulted)
+    report = float32.recovery(after=before)
+    assert report["lost_ranks"] == [rank]
+    assert report["lost_pids"] == [hurt.answer["pid"]]
+    assert_rebuilt(report, sealed=True)
+
+
+def test_kill_before_anything_is_sealed(float32: Served) -> None:
+    """Everything comes back from mirrors: the only block is a tail."""
+    ask = Ask(max_tokens=20)
+    reference, before = float32.reference(ask), float32.recoveries()
+    float32.post("/reset_prefix_cache")
+    float32.server.wait_status(lambda s: s["shadow"]["coded_blocks"] == 0, timeout_s=5, what="an empty shadow")
+    float32.arm(point="staged", rank=1, action="kill", skip=8)
+    assert_same(reference, float32.run(ask))
+    report = float32.recovery(after=before)
+    assert_rebuilt(report, sealed=False)
+    assert report["kv_blocks_from_parity"] == 0
+    assert report["kv_blocks_from_mirrors"] == 1
+
+
+def test_mirrors_of_coded_blocks_are_freed(float32: Served) -> None:
+    """Before the kill only the tail is mirrored; all sealed blocks must come from parity."""
+    ask, status = Ask(max_tokens=150), {}
+
+    def kill() -> None:
+        status.update(
+            float32.server.wait_status(
+                lambda s: s["shadow"]["backlog_blocks"] == 0, timeout_s=5, what="everything coded"
+            )
+        )
+        float32.kill(0)
+
+    reference, before = float32.reference(ask), float32.recoveries()
+    faulted = float32.run(ask, on_token=Hurt(100, kill))
+    assert_same(reference, faulted)
+    shadow = status["shadow"]
+    assert shadow["mirror_bytes"] <= 2 * 2 * shadow["frame_bytes"], shadow  # a tail, perhaps one just sealed
+    report = float32.recovery(after=before)
+    assert_rebuilt(report, sealed=True)
+    assert report["kv_blocks_from_mirrors"] <= 2
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_kill_while_idle(float32: Served, rank: int) -> None:
+    """The next request is right, and so are its hits in the prefix cache."""
+    ask, salt, before = Ask(prompt=PROMPTS["for-name"] * 12), fresh_salt(), float32.recoveries()
+    reference = float32.reference(ask)
+    assert_same(reference, float32.run(ask, salt=salt))  # fills the cache
+    float32.settle()
+    float32.kill(rank)
+    report = float32.recovery(after=before)
+    assert_rebuilt(report, sealed=True)
+    hits = cached_tokens(float32, ask, salt)
+    assert hits > 0, "the prefix cache was lost"
+    assert_same(reference, float32.run(ask, salt=salt))
+
+
+def cached_tokens(served: Served, ask: Ask, salt: str) -> int:
+    body = {**ask.body, "model": "tiny", "cache_salt": salt, "max_tokens": 1}
+    usage = served.post("/v1/completions", body)["usage"]
+    return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_kill_in_chunked_prefill_while_others_decode(float32: Served, rank: int) -> None:
+    """A prompt of several chunks is half computed; other streams are in mid-decode. Seeded ones too."""
+    asks = [Ask(max_tokens=60), SEEDED, LONG_PROMPT, LONG_SEEDED]
+    references = float32.run_together(asks)
+    before = float32.recoveries()
+    # The first steps are prefill chunks of 256 tokens: strike in the fourth.
+    float32.arm(point="after_model", rank=rank, action="kill", skip=3)
+    faulted = float32.run_together(asks)
+    for reference, result in zip(references, faulted, strict=True):
+        assert_same(reference, result)
+    assert_rebuilt(float32.recovery(after=before), sealed=True)
+
+
+def test_eight_streams_of_mixed_lengths(float32: Served) -> None:
+    asks = [
+        Ask(prompt=prompt, max_tokens=40 + 12 * index, temperature=0.8 * (index % 2), seed=index)
+        for index, prompt in enumerate([*PROMPTS.values(), *PROMPTS.values()][:8])
+    ]
+    references = float32.run_together(asks)
+    before = float32.recoveries()
+
+    def during(tokens) -> None:
+        float32.server.wait_status(lambda _: tokens() >= 200, timeout_s=60, what="200 tokens")
+        float32.kill(1)
+
+    faulted = float32.run_together(asks, during=during)
+    for reference, result in zip(references, faulted, strict=True):
+        assert_same(reference, result)
+    assert_rebuilt(float32.recovery(after=before), sealed=True)
+
+
+@pytest.mark.parametrize("ranks", [(1, 0), (1, 1)], ids=["different", "same"])
+def test_two_losses_in_one_stream(float32: Served, ranks: tuple[int, int]) -> None:
+    ask, before = Ask(max_tokens=150), float32.recoveries()
+    reference = float32.reference(ask)
+    first = Hurt(50, lambda: float32.kill(ranks[0]))
+    second = Hurt(110, lambda: float32.kill(ranks[1]))
+
+    def both(*arguments) -> None:
+        first(*arguments)
+        second(*arguments)
+
+    faulted = float32.run(ask, on_token=both)
+    assert first.done and second.done
+    assert_same(reference, faulted)
+    assert float32.recoveries() == before + 2
+    for report in float32.server.status()["recoveries"][-2:]:
+        assert_rebuilt(report, sealed=True)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("point", POINTS)
+def test_kill_at_a_fault_point(float32: Served, point: str, rank: int) -> None:
+    """Torn steps: before the forward, after it, staged, sampled, not answered yet."""
+    reference, before = float32.reference(SEEDED), float32.recoveries()
+    hurt = Hurt(70, lambda: float32.arm(point=point, rank=rank, action="kill"))
+    faulted = float32.run(SEEDED, on_token=hurt)
+    assert_same(reference, faulted)
+    report = float32.recovery(after=before)
+    assert report["lost_ranks"] == [rank]
+    assert_rebuilt(report, sealed=True)
+
+
+def test_burst_of_arrivals_and_aborts(float32: Served) -> None:
+    """Requests that arrive or are aborted during a recovery are handled as usual after it."""
+    asks = [Ask(prompt=prompt, max_tokens=50) for prompt in PROMPTS.values()]
+    references = [float32.reference(ask) for ask in asks]
+    before = float32.recoveries()
+    results: dict[int, object] = {}
+
+    def one(position: int) -> None:
+        results[position] = float32.run(asks[position])
+
+    def leave(*_) -> None:
+        raise StopStreaming
+
+    late = [threading.Thread(target=one, args=(position,)) for position in range(len(asks))]
+
+    def kill_and_arrive() -> None:
+        float32.kill(0)
+        for thread in late:
+            thread.start()
+
+    gone = threading.Thread(target=lambda: float32.run(Ask(max_tokens=400), on_token=Hurt(60, lambda: leave())))
+    gone.start()
+    faulted = float32.run(asks[0], on_token=Hurt(20, kill_and_arrive))
+    for thread in [*late, gone]:
+        thread.join(timeout=90)
+        assert not thread.is_alive()
+    assert_same(references[0], faulted)
+    for position, reference in enumerate(references):
+        assert_same(reference, results[position])
+    assert_rebuilt(float32.recovery(after=before), sealed=False)
+
+
+def test_status_answers_during_the_outage(float32: Served) -> None:
+    seen: list[str] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.02):
+            seen.append(float32.server.status()["state"])
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        float32.run(Ask(), on_token=Hurt(60, lambda: float32.kill(1)))
+    finally:
+        stop.set()
+        looker.join(timeout=20)
+    assert "recovering" in seen, set(seen)
+    assert seen[-1] == "serving"
+
+
+def test_titles_after_a_replacement(float32: Served) -> None:
+    """Workers keep vLLM's titles, also the replaced ones."""
+    import psutil
+
+    for rank in float32.server.status()["ranks"]:
+        title = " ".join(psutil.Process(rank["pid"]).cmdline())
+        assert title.startswith(f"VLLM::Worker_TP{rank['rank']}"), title

@@ -1,0 +1,96 @@
+"""The server as a process: exit codes, refusals at start, and a loss that cannot be repaired."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from real import families, kit
+from real.kit import TINY, Ask, Hurt
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
+
+
+def ghostserve(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "ghostserve.cli.main", *arguments],
+        capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--no-such-flag",), "no-such-flag"),
+        (("--host-memory", "lots"), "lots"),
+        (("--parity-shards", "3"), "--parity-shards 3"),
+        (("--pipeline-parallel-size", "2"), "--pipeline-parallel-size > 1"),
+        (("--worker-cls", "some.Worker"), "--worker-cls some.Worker"),
+        (("--scheduler-cls", "some.Scheduler"), "--scheduler-cls"),
+        (("--distributed-executor-backend", "ray"), "--distributed-executor-backend ray"),
+        (("--kv-transfer-config", '{"kv_connector":"X","kv_role":"kv_both"}'), "--kv-transfer-config"),
+        (("--async-scheduling",), "--async-scheduling"),
+    ],
+)
+def test_refused_flags(flags: tuple[str, ...], says: str) -> None:
+    """At once, with exit status 2 and a sentence that names the value."""
+    done = ghostserve("serve", str(TINY), "--tensor-parallel-size", "2", *flags)
+    assert done.returncode == 2, done.stderr[-800:]
+    assert says in done.stderr.splitlines()[-1] or says in done.stderr, done.stderr[-800:]
+
+
+def test_a_missing_model() -> None:
+    done = ghostserve("serve", "/no/such/model", "--tensor-parallel-size", "2", "--enforce-eager")
+    assert done.returncode in (2, 3)
+    assert "/no/such/model" in done.stderr
+
+
+def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:
+    """Mamba state is rewritten by every step: refused before a process is started for it."""
+    model = families.build("mamba", tmp_path / "model")
+    done = ghostserve("serve", str(model), "--tensor-parallel-size", "2", "--enforce-eager")
+    assert done.returncode == 2, done.stderr[-800:]
+    assert "Mamba" in done.stderr
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = ghostserve("serve", str(TINY), "--enforce-eager", "--port", port)
+    assert done.returncode == 3, done.stderr[-800:]
+    assert port in done.stderr.splitlines()[-1]
+
+
+def test_a_loss_that_cannot_be_repaired(tmp_path: Path) -> None:
+    """The weights are gone when a replacement needs them: clients get an error, the process exits 4, soon."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    served = kit.serve(
+        tmp_path, "unrepairable", "--dtype", "float32", "--enforce-eager", "--recovery-attempts", "2", model=model
+    )
+    server = served.server
+    try:
+        assert ghostserve("status", "--url", server.base_url).returncode == 0
+        as_json = ghostserve("status", "--json", "--url", server.base_url)
+        assert json.loads(as_json.stdout)["state"] == "serving"
+
+        def ruin() -> None:
+            (model / "model.safetensors").unlink()
+            killed = ghostserve("kill", "--rank", "1", "--url", server.base_url)
+            assert killed.returncode == 0, killed.stderr
+
+        result = served.run(Ask(max_tokens=1500), on_token=Hurt(20, ruin), timeout_s=120)
+        assert result.error is not None
+        assert server.wait_exit(timeout_s=60) == 4, server.log_tail()
+        assert not server.leaks().processes
+        assert not server.leaks().shared_memory
+    finally:
+        server.stop()

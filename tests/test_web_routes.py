@@ -1,0 +1,262 @@
+"""The routes over a fake page with real processes to kill."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from ghostserve.arena.names import FaultAction, FaultPoint, Switch
+from ghostserve.errors import BudgetExceeded
+from ghostserve.testing.fake_engine import FakeEngine
+from ghostserve.testing.fake_server import build_app
+from ghostserve.web.bodies import BODY_BYTES_MAX
+from ghostserve.web.routes import UI_FILE
+
+LOCAL = ("127.0.0.1", 50000)
+Connect = Callable[..., TestClient]
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    engine = FakeEngine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def connect(engine: FakeEngine) -> Connect:
+    def connect(
+        *, client: tuple[str, int] = LOCAL, url: str = "http://127.0.0.1:8000", **app: Any
+    ) -> TestClient:
+        return TestClient(build_app(engine, **app), base_url=url, client=client)
+
+    return connect
+
+
+def sentence(answer: Any) -> str:
+    return str(answer.json()["detail"])
+
+
+def test_status_is_the_document_with_counters(connect: Connect, engine: FakeEngine) -> None:
+    answer = connect().get("/ghostserve/status")
+    assert answer.status_code == 200
+    assert answer.headers["cache-control"] == "no-store"
+    status = answer.json()
+    state = engine.read_state()
+    assert state is not None
+    assert state.items() <= status.items()
+    assert status["counters"] == engine.counters()
+    assert status["fault_injection"] is True
+    assert status["switches"] == {switch.name.lower(): False for switch in Switch}
+
+
+def test_status_without_fault_injection_says_nothing_of_switches(connect: Connect) -> None:
+    status = connect(fault_injection=False).get("/ghostserve/status").json()
+    assert status["fault_injection"] is False
+    assert "switches" not in status
+
+
+def test_status_before_the_first_document(connect: Connect, engine: FakeEngine) -> None:
+    engine.read_state = lambda: None  # type: ignore[method-assign]
+    assert connect().get("/ghostserve/status").status_code == 503
+    assert connect().post("/ghostserve/kill", json={"rank": 0}).status_code == 503
+
+
+def test_kill_kills_that_worker_and_no_other(connect: Connect, engine: FakeEngine) -> None:
+    answer = connect().post("/ghostserve/kill", json={"rank": 1})
+    assert answer.status_code == 200
+    assert answer.json() == {"rank": 1, "pid": engine.workers[1].pid, "epoch": 0, "killed": True}
+    assert engine.workers[1].wait(timeout=10) == -9
+    assert engine.workers[0].poll() is None
+
+
+def test_killing_twice_is_a_conflict(connect: Connect, engine: FakeEngine) -> None:
+    client = connect()
+    client.post("/ghostserve/kill", json={"rank": 1})
+    engine.workers[1].wait(timeout=10)
+    answer = client.post("/ghostserve/kill", json={"rank": 1})
+    assert answer.status_code == 409
+    assert "not alive" in sentence(answer)
+
+
+def test_a_reused_pid_is_not_killed(connect: Connect, engine: FakeEngine) -> None:
+    state = engine.read_state()
+    assert state is not None
+    state["ranks"][0]["start_time"] -= 1
+    engine.read_state = lambda: state  # type: ignore[method-assign]
+    assert connect().post("/ghostserve/kill", json={"rank": 0}).status_code == 409
+    assert engine.workers[0].poll() is None
+
+
+@pytest.mark.parametrize("rank", [-1, 2, 1 << 70, True, "0", 0.0, None])
+def test_a_bad_rank_is_unprocessable(connect: Connect, rank: object) -> None:
+    answer = connect().post("/ghostserve/kill", json={"rank": rank})
+    assert answer.status_code == 422
+    if isinstance(rank, int) and rank is not True:
+        assert "ranks are 0 to 1" in sentence(answer)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 3000, b"{}", b'{"rank":0,"signal":9}']
+)
+def test_a_bad_body_is_unprocessable(connect: Connect, engine: FakeEngine, body: bytes) -> None:
+    assert connect().post("/ghostserve/kill", content=body).status_code == 422
+    assert all(worker.poll() is None for worker in engine.workers)
+
+
+def test_a_long_body_is_unprocessable(connect: Connect) -> None:
+    answer = connect().post("/ghostserve/kill", content=b" " * (BODY_BYTES_MAX + 1))
+    assert answer.status_code == 422
+    assert "bytes" in sentence(answer)
+
+
+POSTS = [
+    ("/ghostserve/kill", {"rank": 0}),
+    ("/ghostserve/faults", {"point": "staged", "rank": 0, "action": "kill"}),
+    ("/ghostserve/switches", {"skip_restore": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), POSTS)
+def test_off_unless_fault_injection_is_enabled(connect: Connect, path: str, body: dict[str, Any]) -> None:
+    answer = connect(fault_injection=False).post(path, json=body)
+    assert answer.status_code == 403
+    assert "--enable-fault-injection" in sentence(answer)
+
+
+@pytest.mark.parametrize(("path", "body"), POSTS)
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example:8000"}],
+)
+def test_a_web_page_cannot_post(
+    connect: Connect, engine: FakeEngine, path: str, body: dict[str, Any], headers: dict[str, str]
+) -> None:
+    assert connect().post(path, json=body, headers=headers).status_code == 403
+    assert all(worker.poll() is None for worker in engine.workers)
+    assert not engine.faults
+    assert not any(engine.switches.values())
+
+
+@pytest.mark.parametrize(("path", "body"), POSTS)
+def test_the_network_cannot_post_without_a_key(connect: Connect, path: str, body: dict[str, Any]) -> None:
+    assert connect(client=("10.0.0.7", 1)).post(path, json=body).status_code == 403
+
+
+@pytest.mark.parametrize("header", ["Origin", "Host", "Sec-Fetch-Site"])
+def test_a_doubled_header_is_refused(connect: Connect, header: str) -> None:
+    good = {"Origin": "http://127.0.0.1:8000", "Host": "127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}[
+        header
+    ]
+    headers = [(header, good), (header, "evil.example")]
+    assert connect().post("/ghostserve/kill", json={"rank": 0}, headers=headers).status_code == 403
+
+
+def test_with_a_key_every_route_of_data_needs_it(connect: Connect) -> None:
+    client = connect(api_keys=("secret", "other"))
+    assert client.get("/ghostserve/status").status_code == 401
+    for path, body in POSTS:
+        assert client.post(path, json=body).status_code == 401
+    assert client.delete("/ghostserve/faults").status_code == 401
+    for key in ("secret", "other"):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert client.get("/ghostserve/status", headers=headers).status_code == 200
+        assert client.post(*POSTS[2][:1], json=POSTS[2][1], headers=headers).status_code == 200
+
+
+def test_a_stranger_is_not_told_whether_faults_could_be_injected(connect: Connect) -> None:
+    client = connect(api_keys=("secret",), fault_injection=False)
+    assert client.post("/ghostserve/kill", json={"rank": 0}).status_code == 401
+
+
+def test_a_key_holder_comes_from_anywhere(connect: Connect) -> None:
+    client = connect(api_keys=("secret",), client=("10.0.0.7", 1), url="https://public.example")
+    headers = {"Authorization": "Bearer secret", "Origin": "https://public.example"}
+    assert client.get("/ghostserve/status", headers=headers).status_code == 200
+
+
+def test_faults_are_armed_and_disarmed(connect: Connect, engine: FakeEngine) -> None:
+    client = connect()
+    fault = {"point": "staged", "rank": 1, "action": "kill", "skip": 3}
+    assert client.post("/ghostserve/faults", json=fault).json() == {"armed": fault}
+    assert (engine.faults[0].point, engine.faults[0].action) == (FaultPoint.STAGED, FaultAction.KILL)
+    assert client.get("/ghostserve/status").json()["armed_faults"] == [fault]
+    client.delete("/ghostserve/faults")
+    assert client.get("/ghostserve/status").json()["armed_faults"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"point": "nowhere"}, "before_model"),
+        ({"point": None}, "before_model"),
+        ({"action": "tickle"}, "hang"),
+        ({"rank": 2}, "ranks are 0 to 1"),
+        ({"skip": -1}, "from 0"),
+        ({"skip": 1 << 64}, "from 0"),
+        ({"skip": True}, "whole number"),
+        ({"unknown": 1}, "'unknown'"),
+    ],
+)
+def test_a_bad_fault_is_unprocessable(
+    connect: Connect, engine: FakeEngine, change: dict[str, Any], said: str
+) -> None:
+    body = {"point": "staged", "rank": 1, "action": "kill", "skip": 0} | change
+    answer = connect().post("/ghostserve/faults", json=body)
+    assert answer.status_code == 422
+    assert said in sentence(answer)
+    assert not engine.faults
+
+
+def test_a_full_table_is_a_conflict(connect: Connect, engine: FakeEngine) -> None:
+    def full(**_fault: object) -> int:
+        raise BudgetExceeded("8 faults are armed already")
+
+    engine.arm_fault = full  # type: ignore[method-assign]
+    body = {"point": "staged", "rank": 1, "action": "kill"}
+    assert connect().post("/ghostserve/faults", json=body).status_code == 409
+
+
+def test_switches_are_set(connect: Connect, engine: FakeEngine) -> None:
+    answer = connect().post("/ghostserve/switches", json={"skip_restore": True, "debug_copy": False})
+    assert answer.json() == {"switches": {"skip_restore": True, "debug_copy": False}}
+    assert engine.switches[Switch.SKIP_RESTORE] is True
+
+
+@pytest.mark.parametrize("body", [{}, {"skip_restore": 1}, {"skip_restore": True, "nothing": True}])
+def test_a_bad_switch_sets_none(connect: Connect, engine: FakeEngine, body: dict[str, Any]) -> None:
+    assert connect().post("/ghostserve/switches", json=body).status_code == 422
+    assert not any(engine.switches.values())
+
+
+def test_the_page_is_open_and_holds_no_data(connect: Connect) -> None:
+    client = connect(api_keys=("secret",), client=("10.0.0.7", 1))
+    assert client.get("/ui").status_code == 200
+    prompts = client.get("/ui/prompts.json").json()
+    assert prompts
+    assert all(prompt["prompt"] for prompt in prompts)
+
+
+def test_the_page_may_run_only_its_own_script(connect: Connect) -> None:
+    answer = connect().get("/ui")
+    policy = answer.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in policy
+    for tag in ("script", "style"):
+        (body,) = re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+def test_the_page_loads_nothing_from_elsewhere() -> None:
+    html = UI_FILE.read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:,)""", html)
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "innerHTML" not in html
+    assert not re.findall(r"\son[a-z]+=|\sstyle=", html)
