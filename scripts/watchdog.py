@@ -28,6 +28,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 LINGER_S = 5.0
 """How long processes may outlive the command before they count as left behind."""
 LOG_LINES = 60
+LOG_FILES = 8
 
 
 def say(text: str) -> None:
@@ -94,9 +95,9 @@ def stop_all(statuses: dict[int, int], *, grace_s: float, signals: tuple[signal.
 
 
 def show_logs(patterns: list[str]) -> None:
-    """The ends of the log files, oldest first."""
+    """The ends of the newest log files, oldest first."""
     files = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)}
-    for name in sorted(files, key=os.path.getmtime):
+    for name in sorted(files, key=os.path.getmtime)[-LOG_FILES:]:
         say(f"the end of {name}")
         lines = Path(name).read_text(errors="replace").splitlines()[-LOG_LINES:]
         print("\n".join(f"  | {line}" for line in lines), flush=True)

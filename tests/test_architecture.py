@@ -36,7 +36,6 @@ PURE = {  # decide, and do nothing: no torch, no clock, no process; tested in mi
     "arena/frames.py",
     "recovery/detector.py",
     "recovery/machine.py",
-    "recovery/plan.py",
     "shadow/layout.py",
     "shadow/manifest.py",
     "shadow/step_plan.py",
@@ -271,7 +270,6 @@ BROKEN = {
     "time imported": ("arena/a.py", "from time import perf_counter_ns\n", "imports time.perf_counter_ns"),
     "date read": ("cli/a.py", "from datetime import datetime\ndatetime.now()\n", "reads datetime.now"),
     "pure with torch": ("shadow/layout.py", "import torch\n", "shadow/layout.py: pure: shadow/layout.py:1 imports torch"),
-    "pure with a clock": ("recovery/plan.py", "from ghostserve.clock import wall_s\n", "imports ghostserve.clock.wall_s"),
     "pure, not so after all": (
         "shadow/manifest.py",
         "from ghostserve.arena import torchy\n",

@@ -50,7 +50,7 @@ FRAMES = 32
 RANKS = 2
 GEOMETRY = Geometry(frame_bytes=FRAME, frames=FRAMES, ranks=RANKS, parity_shards=1)
 NBYTES = FRAME - 13
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0  # of a wait; the keeper runs at low priority, and the machine may be busy
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -306,11 +306,12 @@ def test_killed_again_and_again_every_job_is_done_once() -> None:
 
 
 def test_a_keeper_that_hangs_is_killed_and_replaced() -> None:
-    with server(job_deadline_s=0.5) as (supervisor, engine):
+    # On a busy machine a good keeper may also take longer than that; it is replaced as well.
+    with server(job_deadline_s=0.5, attempts_max=50, restarts_max=50) as (supervisor, engine):
         arm(supervisor, FaultAction.HANG)
         engine.client.submit(engine.encode_job(1))
         engine.check_parity(engine.encode_job(1), engine.wait_answers(1)[0])
-        assert supervisor.control.get(Counter.KEEPER_RESTARTS) == 1
+        assert supervisor.control.get(Counter.KEEPER_RESTARTS) >= 1
 
 
 def test_a_job_that_keepers_die_over_is_given_up() -> None:

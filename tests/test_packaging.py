@@ -22,8 +22,8 @@ NOT_WANTED = {"torchaudio", "torchvision", "torchcodec", "triton"}  # asked for 
 
 
 def first_screen_commands(text: str) -> list[str]:
-    """The commands in the code blocks of the first screen, without comments, and without getting the source."""
-    lines = text.splitlines()[:FIRST_SCREEN_LINES]
+    """The commands in the code blocks before the first section, without comments, and without getting the source."""
+    lines = text.partition("\n## ")[0].splitlines()
     inside, commands = False, []
     for line in lines:
         if line.startswith("```"):
@@ -42,6 +42,7 @@ def lock(name: str) -> dict[str, Requirement]:
 
 def test_the_first_screen_has_two_commands() -> None:
     assert first_screen_commands(README) == ["make demo", "make test"]
+    assert README.partition("\n## ")[0].count("\n") <= FIRST_SCREEN_LINES
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_the_first_screen_has_two_commands() -> None:
     [
         ("```\ngit clone x\ncd x\nmake demo  # now\n```\nmake no\n", ["make demo"]),
         ("```sh\npip install x\nmake demo\n```\n", ["pip install x", "make demo"]),
-        ("\n" * FIRST_SCREEN_LINES + "```\nmake late\n```\n", []),
+        ("text\n## Section\n```\nmake late\n```\n", []),
     ],
 )
 def test_reading_the_first_screen(text: str, commands: list[str]) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 
 import ghostserve
-from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.testing.client import StreamResult, stream_completion
 from ghostserve.testing.oracle import compare_choices
 from ghostserve.testing.server import ServerProcess, ghostserve_command
@@ -98,7 +97,7 @@ class Served:
         threads = [threading.Thread(target=one, args=(position,)) for position in range(len(asks))]
         for position, thread in enumerate(threads):
             thread.start()
-            self.wait_for_waiting(position + 1)  # arrival order is part of the batch
+            self.wait_for_open(position + 1)  # arrival order is part of the batch
         self.post("/resume")
         if during is not None:
             during(lambda: seen[0])
@@ -123,19 +122,11 @@ class Served:
         assert answer.is_success, f"{path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
 
-    def wait_for_waiting(self, requests: int) -> None:
-        """Until so many requests are queued (the scheduler is paused)."""
-        deadline_s = monotonic_s() + 10
-        while True:
-            text = httpx.get(self.server.base_url + "/metrics", timeout=10.0).text
-            waiting = sum(
-                float(line.rpartition(" ")[2])
-                for line in text.splitlines()
-                if line.startswith(("vllm:num_requests_waiting{", "vllm:num_requests_running{"))
-            )
-            if waiting >= requests or monotonic_s() > deadline_s:
-                return
-            sleep_s(0.02)
+    def wait_for_open(self, requests: int) -> None:
+        """Until the scheduler knows so many requests."""
+        self.server.wait_status(
+            lambda status: status["counters"]["requests_open"] >= requests, timeout_s=15, what="queued requests"
+        )
 
     def rpc(self, method: str) -> list[Any]:
         """Call a worker's method on every rank (vLLM's development route)."""

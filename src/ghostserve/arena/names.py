@@ -36,6 +36,7 @@ class Counter(IntEnum):
     CHECKSUM_REFUSALS_TOTAL = auto()
     BLOCKS_COMPARED_TOTAL = auto()  # restored blocks compared with the debug copy of what was lost
     BLOCKS_DIFFERENT_TOTAL = auto()
+    REQUESTS_OPEN = auto()  # known to the scheduler: waiting or running
 
 
 class Switch(IntEnum):
@@ -70,6 +71,7 @@ class StampStatus(IntEnum):
     STAGED = auto()  # the model returned and the step's mirrors are in the arena; not sampled yet
     DONE = auto()  # it finished the step: its share of the acceptance
     FAILED = auto()  # the step raised there; it refuses further steps until it was re-formed
+    PEER_LEFT = auto()  # the step failed there because a peer had left the collective; else as FAILED
     REFUSED = auto()  # it did not run the step: another epoch, or a step failed there before
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from ghostserve.testing.server import ServerProcess, ghostserve_command
 KV_CACHE_BYTES = 64 << 20
 START_TIMEOUT_S = 240.0
 EXIT_CHECK_FAILED = 1
+LOG_PREFIX = re.compile(r"^(\([^)]*\) )?([A-Z]+ [\d-]+ [\d:]+ (\[[^\]]*\] )?)?")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -84,6 +86,11 @@ def demo_server(options: argparse.Namespace, log_dir: Path) -> ServerProcess:
     return ServerProcess(command, log_dir=log_dir, log_file=options.log_file, port=options.port)
 
 
+def _shorten(log_line: str) -> str:
+    """A log line without who wrote it, when and where, cut to fit a terminal."""
+    return LOG_PREFIX.sub("", log_line).strip()[:90]
+
+
 def start(server: ServerProcess, view: View, *, ranks: int) -> None:
     """Start the server and wait for it; raises StartError."""
     view.step(f"starting a server with {ranks} workers on {MODEL_NAME}")
@@ -91,7 +98,7 @@ def start(server: ServerProcess, view: View, *, ranks: int) -> None:
     began_s = monotonic_s()
     server.wait_ready(
         timeout_s=START_TIMEOUT_S,
-        on_progress=lambda seconds, log: view.detail(f"  … {seconds:.0f} s  {log[-90:]}"),
+        on_progress=lambda seconds, log: view.detail(f"  … {seconds:.0f} s  {_shorten(log)}"),
     )
     state = server.status()
     workers = ", ".join(f"rank {rank['rank']} is pid {rank['pid']}" for rank in state["ranks"])

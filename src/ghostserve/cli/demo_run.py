@@ -93,7 +93,7 @@ def stream(
         if kill is not None:
             kill.when_due(seen)
 
-    with view.filling_silence(lambda: f"{seen} of {max_tokens} tokens have arrived"):
+    with view.filling_silence(lambda: f"{seen} of {max_tokens} tokens have arrived so far"):
         return stream_completion(
             server.base_url,
             prompt=demo_prompt(),

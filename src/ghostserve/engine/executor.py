@@ -294,7 +294,8 @@ class GhostExecutor(MultiprocExecutor):
         assert self.open_step is not None
         for rank in range(self.world_size):
             stamp = self.session.page.read_stamp(rank)
-            if stamp.status is StampStatus.FAILED and (stamp.epoch, stamp.step) == self._open_id():
+            failed = stamp.status in (StampStatus.FAILED, StampStatus.PEER_LEFT)
+            if failed and (stamp.epoch, stamp.step) == self._open_id():
                 return rank
         return None
 

@@ -66,3 +66,8 @@ def set_collective_timeout(timeout_s: float | None) -> None:
             group = getattr(coordinator, attribute, None)
             if group is not None:
                 dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
+def peer_left(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone, rather than for a reason of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

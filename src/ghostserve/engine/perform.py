@@ -12,19 +12,21 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from enum import Enum
 from typing import Any
 
 from vllm.config import CompilationMode
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
-from ghostserve.arena.control import Counter, Mark
+from ghostserve.arena.control import Counter, Mark, StampStatus
 from ghostserve.clock import monotonic_s
 from ghostserve.engine.messages import JoinMessage
 from ghostserve.engine.rebuild import Rebuild, RebuildResult
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.errors import EngineLost
 from ghostserve.recovery.machine import (
+    NOBODY,
     Event,
     FailStep,
     Fence,
@@ -37,7 +39,6 @@ from ghostserve.recovery.machine import (
     Resume,
     RetryStep,
     Run,
-    State,
     StepAccepted,
     StepRaised,
 )
@@ -87,11 +88,9 @@ class Performer:
             self._open_report(failure)
         elif isinstance(failure, RanksDied | RankSilent):
             self._report.lose(failure.ranks, self._executor.workers)
-        event: Event | None = self._event_of(failure)
-        while event is not None:
-            actions = self._machine.handle(event, monotonic_s())
-            event = None
-            for action in actions:
+        events: deque[Event] = deque([self._event_of(failure)])
+        while events:
+            for action in self._machine.handle(events.popleft(), monotonic_s()):
                 match action:
                     case Fence(ranks=ranks):
                         self._fence(ranks)
@@ -99,7 +98,7 @@ class Performer:
                         self._page.epoch = epoch
                         logger.warning("epoch %d: %s", epoch, self._report.reason if self._report else "")
                     case Run():
-                        event = self._run(action)
+                        events.extend(self._run(action))
                     case RetryStep():
                         self.phase = Phase.RETRY
                         return Outcome.RETRY
@@ -114,12 +113,9 @@ class Performer:
                         self._close_report(ok=False)
                         self._executor.give_up(reason)
                         raise EngineLost(reason)
-            if not actions:
-                if self._machine.state is State.HEALTHY:  # repaired before: an interrupted step is sent again
-                    self._report = None
-                    return Outcome.RETRY
-                event = self._next_done()
-        raise EngineLost("the recovery machine ended without a decision")
+        # Nothing to do: the loss was repaired before, and a step that it interrupted is sent again.
+        self._report = None
+        return Outcome.RETRY
 
     def step_accepted(self) -> None:
         """A step was accepted; the end of a recovery if one was waiting for it."""
@@ -132,23 +128,26 @@ class Performer:
     def _event_of(self, failure: RanksDied | RankRaised | RankSilent) -> Event:
         in_flight = self._executor.open_step is not None
         if isinstance(failure, RankRaised):
-            ranks = frozenset({self._first_to_fail(failure.rank)})
-            return StepRaised(ranks=ranks, reason=failure.reason.splitlines()[0], epoch=self.epoch)
+            reason = failure.reason.splitlines()[0]
+            return StepRaised(ranks=self._own_errors(), reason=reason, epoch=self.epoch)
         return RanksLost(
             ranks=failure.ranks, reason=failure.reason, epoch=self.epoch, step_in_flight=in_flight
         )
 
-    def _first_to_fail(self, rank: int) -> int:
-        """Whose own error it was: the first to stamp FAILED; peers fail because it left."""
-        stamps = {r: self._page.read_stamp(r) for r in range(self._executor.world_size)}
-        failed = {
-            r: stamp.at_s for r, stamp in stamps.items() if stamp.status.name == "FAILED" and stamp.epoch == self.epoch
-        }
-        return min(failed, key=lambda r: failed[r]) if failed else rank
+    def _own_errors(self) -> frozenset[int]:
+        """Ranks that raised by themselves in the open step, not because a peer had left."""
+        step = self._executor.open_step
+        if step is None:
+            return NOBODY
+        stamps = {rank: self._page.read_stamp(rank) for rank in range(self._executor.world_size)}
+        return frozenset(
+            rank
+            for rank, stamp in stamps.items()
+            if stamp.status is StampStatus.FAILED and (stamp.epoch, stamp.step) == (self.epoch, step.step)
+        )
 
-    def _run(self, run: Run) -> Event:
-        """Perform a group of phases; the event that tells how it went."""
-        self._pending = list(run.phases)
+    def _run(self, run: Run) -> list[Event]:
+        """Perform a group of phases; the events that tell how it went."""
         self.phase = run.phases[0]
         try:
             if Phase.LEAVE in run.phases:
@@ -156,21 +155,16 @@ class Performer:
             elif Phase.REGROUP in run.phases:
                 self._regroup()
             else:
-                self._restore()
+                self._restore(with_kv=Phase.KV in run.phases)
         except (RanksDied, RankSilent) as failure:
-            return RanksLost(ranks=failure.ranks, reason=failure.reason, epoch=run.epoch)
+            if self._report is not None:
+                self._report.lose(failure.ranks, self._executor.workers)
+            return [RanksLost(ranks=failure.ranks, reason=failure.reason, epoch=run.epoch)]
         except RankRaised as failure:
             logger.error("%s failed on rank %d: %s", self.phase.value, failure.rank, failure.reason)
-            return PhaseFailed(
-                phase=self.phase, reason=failure.reason.splitlines()[0], epoch=run.epoch
-            )
-        return PhaseDone(self._pending.pop(0), run.epoch)
-
-    def _next_done(self) -> Event | None:
-        """The machine waits for the other phases of the group; they are done as well."""
-        if not self._pending:
-            return None
-        return PhaseDone(self._pending.pop(0), self.epoch)
+            reason = failure.reason.splitlines()[0]
+            return [PhaseFailed(phase=self.phase, reason=reason, epoch=run.epoch)]
+        return [PhaseDone(phase, run.epoch) for phase in run.phases]
 
     # -- phases ----------------------------------------------------------------------------------------
 
@@ -248,7 +242,7 @@ class Performer:
             self._report.clock.mark(phase, max(times, default=monotonic_s()))
         self._mark(Phase.WEIGHTS if lost else Phase.REGROUP)
 
-    def _restore(self) -> None:
+    def _restore(self, *, with_kv: bool) -> None:
         executor, every = self._executor, range(self._executor.world_size)
         if self.lost:
             message = JoinMessage(
@@ -263,7 +257,7 @@ class Performer:
         rebuild = Rebuild(executor, lost=self.lost, epoch=self.epoch)
         rebuild.roll_back(timeout_s=self._config.restore_timeout)
         self._mark(Phase.STATE)
-        if Phase.KV in self._pending:
+        if with_kv:
             self.phase = Phase.KV
             result = rebuild.restore_kv(timeout_s=self._config.restore_timeout)
             if self._report is not None:

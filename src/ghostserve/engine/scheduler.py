@@ -15,6 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
+from ghostserve.arena.control import Counter
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import session
 
@@ -49,6 +50,7 @@ class GhostScheduler(Scheduler):
                 self._fail_requests(scheduler_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self.open = False
+            self._count_open()
             return outputs
 
     def _fail_requests(self, scheduler_output: Any) -> None:
@@ -63,10 +65,16 @@ class GhostScheduler(Scheduler):
     def add_request(self, request: Any) -> None:
         with self._session.lock:
             super().add_request(request)
+            self._count_open()
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
         with self._session.lock:
-            return super().finish_requests(request_ids, finished_status)
+            finished = super().finish_requests(request_ids, finished_status)
+            self._count_open()
+            return finished
+
+    def _count_open(self) -> None:
+        self._session.page.set(Counter.REQUESTS_OPEN, len(self.requests))
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         with self._session.lock:

@@ -27,7 +27,7 @@ from ghostserve.arena.control import ControlPage, FaultAction, FaultPoint, Mark,
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import compat, faults
-from ghostserve.engine.groups import form_groups, leave_groups
+from ghostserve.engine.groups import form_groups, leave_groups, peer_left
 from ghostserve.engine.messages import (
     ArenaGeometry,
     BlockRestore,
@@ -127,11 +127,10 @@ class GhostWorkerMixin:
         """If the step raises: say so, and leave the groups so that peers blocked on us leave too."""
         try:
             yield
-        except Exception:
+        except Exception as error:
             self._failed_at = (epoch, step)
-            self._page.stamp(
-                self.rank, epoch=epoch, step=step, status=StampStatus.FAILED, now_s=monotonic_s()
-            )
+            status = StampStatus.PEER_LEFT if peer_left(error) else StampStatus.FAILED
+            self._page.stamp(self.rank, epoch=epoch, step=step, status=status, now_s=monotonic_s())
             leave_groups()
             raise
 

@@ -66,6 +66,7 @@ class Entry:
     parity_checksums: tuple[int, ...] = ()
     job: int | None = None
     dropped: bool = False  # given up while a job was open
+    caught_up: bool = False  # copied from live KV: without its mirrors the block still holds data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +142,7 @@ class Manifest:
         entry = self._allocate(block, group)
         if entry is None:
             return None
+        entry.caught_up = True
         return self._piece(entry, 0, self.block_sizes[group])
 
     def commit(self, pieces: Sequence[Piece], checksums: Sequence[Sequence[int]]) -> None:
@@ -163,8 +165,18 @@ class Manifest:
                 continue
             if entry.slots == 0:
                 self.drop(piece.block)
+                if entry.caught_up:
+                    self._mark_unprotected(entry.block, entry.group, piece.stop)
             else:
                 entry.planned = entry.slots
+
+    def current(self, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+        """Those whose block was not given up since they were planned: the frames of others may be another's."""
+        return tuple(
+            piece
+            for piece in pieces
+            if (entry := self.entries.get(piece.block)) is not None and entry.generation == piece.generation
+        )
 
     # -- compaction ------------------------------------------------------------------------------------
 
@@ -222,6 +234,11 @@ class Manifest:
         entry.dropped = True
         if entry.job is None:
             self._retire(entry)
+
+    def drop_all(self) -> None:
+        """Forget everything: what was written is not known any more, so no block may be believed."""
+        for block in [*self.entries, *self.unprotected]:
+            self.drop(block)
 
     def evict(self, victims: Iterator[int], *, frames: int) -> int:
         """Give up the least valuable blocks until `frames` frames are on their way back; returns how many."""
@@ -297,7 +314,9 @@ class Manifest:
     # -- private ---------------------------------------------------------------------------------------
 
     def _allocate(self, block: int, group: int) -> Entry | None:
-        frames = self.pool.allocate(self.ranks)
+        # Room for one parity stays free: a pool full of mirrors could never be compacted again.
+        reserve = self.parity_shards if self.compact else 0
+        frames = self.pool.allocate(self.ranks) if self.pool.free_count >= self.ranks + reserve else None
         if frames is None:
             return None
         generation = self._generations[block] = self._generations.get(block, 0) + 1

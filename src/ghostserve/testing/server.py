@@ -28,7 +28,7 @@ OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_D
 
 HOST = "127.0.0.1"
 POLL_S = 0.1
-PROGRESS_S = 3.0
+PROGRESS_S = 4.0
 LOG_TAIL_LINES = 40
 
 # Run before the server takes over this pid: ask the kernel for SIGTERM on the parent's death (prctl 1), and

@@ -47,9 +47,13 @@ class AdminClient:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
         self.url = url.rstrip("/")
-        self._headers = auth_headers(api_key)
-        self._timeout_s = timeout_s
-        self._use_proxies = not is_loopback(parts.hostname)
+        # Set up once, so that a kill is not late; no connection is kept, so that none is found stale.
+        self._http = httpx.Client(
+            headers=auth_headers(api_key),
+            timeout=timeout_s,
+            trust_env=not is_loopback(parts.hostname),
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
 
     def status(self) -> dict[str, Any]:
         """The state document, with counters."""
@@ -74,14 +78,7 @@ class AdminClient:
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:
-            answer = httpx.request(
-                method,
-                self.url + path,
-                json=body,
-                headers=self._headers,
-                timeout=self._timeout_s,
-                trust_env=self._use_proxies,
-            )
+            answer = self._http.request(method, self.url + path, json=body)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise GhostserveError(
                 f"no server answers at {self.url} ({type(error).__name__}); start one with "

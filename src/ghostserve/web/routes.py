@@ -158,7 +158,7 @@ def _add_status(
     router: APIRouter, page: Page, *, fault_injection: bool, dependencies: Sequence[params.Depends]
 ) -> None:
     @router.get("/ghostserve/status", dependencies=dependencies)
-    def status(response: Response) -> dict[str, Any]:
+    async def status(response: Response) -> dict[str, Any]:
         response.headers.update(_NO_STORE)
         document = {**_state_of(page), "counters": dict(page.counters()), "fault_injection": fault_injection}
         return document | (_injections(page) if fault_injection else {})
@@ -181,7 +181,7 @@ def _add_injection(router: APIRouter, page: Page, *, dependencies: Sequence[para
         return {"armed": _fault_as_dict(fault)}
 
     @router.delete("/ghostserve/faults", dependencies=dependencies)
-    def disarm_faults() -> dict[str, Any]:
+    async def disarm_faults() -> dict[str, Any]:
         page.disarm_faults()
         return {"armed": None}
 
