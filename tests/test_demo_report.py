@@ -10,6 +10,7 @@ import pytest
 from ghostserve.cli.demo_report import (
     DemoRun,
     build_report,
+    distinct_ratio,
     failures,
     headline,
     outage_ms,
@@ -57,12 +58,7 @@ GOOD = DemoRun(
     model="tiny-llama",
     bound_held=True,
 )
-KEYS = (
-    "tensor_parallel_size, killed_rank, killed_pid, killed_at_token, tokens_total, tokens_lost, "
-    "tokens_duplicated, tokens_changed, identical, recovery_path, outage_ms, phases_ms, "
-    "kv_blocks_from_parity, kv_blocks_from_mirrors, kv_bytes_rebuilt, tokens_recomputed, "
-    "kv_bytes_protected, parity_bytes, mirror_bytes, model, dtype, versions"
-).split(", ")
+KEYS = ["tensor_parallel_size", "killed_rank", "killed_pid", "killed_at_token", "tokens_total", "tokens_lost", "tokens_duplicated", "tokens_changed", "identical", "recovery_path", "outage_ms", "phases_ms", "kv_blocks_from_parity", "kv_blocks_from_mirrors", "kv_bytes_rebuilt", "tokens_recomputed", "kv_bytes_protected", "parity_bytes", "mirror_bytes", "model", "dtype", "versions"]
 
 
 def test_the_keys_are_an_interface() -> None:
@@ -86,12 +82,18 @@ def broken(**changes: Any) -> DemoRun:
     return replace(GOOD, recovery=RECOVERY | changes)
 
 
+def looping(at_token: int) -> DemoRun:
+    ids = (*REFERENCE[:at_token], *([7] * (100 - at_token)))
+    return replace(GOOD, reference_ids=ids, faulted_ids=ids)
+
+
 @pytest.mark.parametrize(
     ("run", "said"),
     [
         (replace(GOOD, faulted_ids=(*REFERENCE[:60], 999, *REFERENCE[61:])), "from token 60"),
         (replace(GOOD, faulted_ids=REFERENCE[:90], arrivals_s=ARRIVALS_S[:90]), "from token 90"),
         (replace(GOOD, faulted_ids=(), reference_ids=(), arrivals_s=()), "nothing was compared"),
+        (looping(50), "repeats itself"),
         (replace(GOOD, stream_error="connection lost"), "connection lost"),
         (replace(GOOD, bound_held=False), "memory bound"),
         (replace(GOOD, recovery=None), "no recovery"),
@@ -125,6 +127,12 @@ def test_no_restore_is_seen() -> None:
     assert report["identical"] is False
     assert report["tokens_changed"] == 40
     assert "NOT identical" in headline(report)
+
+
+def test_a_loop_is_told_from_text() -> None:
+    assert distinct_ratio([1, 2, 3] * 40) < 0.05
+    assert distinct_ratio(range(100)) == 1.0
+    assert distinct_ratio([1, 2]) == 1.0
 
 
 def test_the_outage_ends_with_a_token_that_came_after_the_kill() -> None:

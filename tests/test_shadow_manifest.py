@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -360,16 +360,29 @@ def test_a_rank_that_dies_in_a_step_costs_nothing_that_was_committed(died: str) 
     assert world.manifest.source(1, needed=3, lost=FIRST).choice is Source.MIRROR
 
 
-def test_a_retried_step_whose_block_was_given_up_must_not_write_its_frames() -> None:
-    """They may be another's by then: the step goes on with what is current."""
-    shadow = manifest(frames=2 * RANKS + 1)
-    piece, other = shadow.plan(write(1, 0, 1)), shadow.plan(write(2, 0, 1))
-    assert piece is not None and other is not None
-    shadow.drop(1)
-    released(shadow)
-    taken = shadow.plan(write(3, 0, 1))
-    assert taken is not None and set(taken.frames) & set(piece.frames)
-    assert shadow.current([piece, other]) == (other,)
+@pytest.mark.parametrize("careful", [True, False])
+def test_a_retried_step_must_not_write_frames_of_blocks_that_were_given_up(careful: bool) -> None:
+    """They are another's by then. Block 3 is lost while a step catches it up; its frames become block 1's parity."""
+    world = World(random.Random(2), block_sizes=(SIZE,), frames=7)
+    world.accept(world.plan([world.write(1, 0, SIZE)]))
+    world.manifest.unprotected[3] = (0, True)
+    world.committed[3] = [bytes(SIZE)] * world.ranks
+    step = world.plan([], catch_up=True)
+    world.lose(0)
+    assert world.written(3) == 0, "it was lost"
+    world.wipes.append(world.manifest.take_retired())
+    world.keeper_wipes()
+    world.pump()
+    world.keeper_encodes()
+    if careful:
+        step.pieces = list(world.manifest.current(step.pieces))
+        assert step.pieces == []
+    world.accept(step)
+    if careful:
+        world.check()
+    else:
+        with pytest.raises(AssertionError, match="fails its checksum"):
+            world.check()
 
 
 # ---- where a block can come from -------------------------------------------------------------------------------------
@@ -453,6 +466,7 @@ def torn(world: World, rng: random.Random, step: OpenStep) -> None:
     world.check()
     world.lose(rng.randrange(world.ranks))
     step.pieces = list(world.manifest.current(step.pieces))
+    background(world, rng)
     # A tail whose earlier slots are gone cannot be written on: its request leaves the step.
     for write, _ in list(step.writes):
         starts = 0 if write.whole else write.start
@@ -462,28 +476,32 @@ def torn(world: World, rng: random.Random, step: OpenStep) -> None:
 
 
 def background(world: World, rng: random.Random) -> None:
-    world.pump()
-    for _ in range(rng.randint(0, 3)):
-        if world.jobs and rng.random() < 0.6:
+    """What the keeper's thread does meanwhile; wipes and jobs overtake each other."""
+    for _ in range(rng.randint(0, 6)):
+        happens = rng.choice(["pump", "encode", "wipe"])
+        if happens == "pump":
+            world.pump()
+        elif happens == "encode" and world.jobs:
             world.keeper_encodes(dies=rng.random() < 0.1)
-        if world.wipes and rng.random() < 0.7:
+        elif happens == "wipe" and world.wipes:
             world.keeper_wipes()
 
 
 def give_up_something(world: World, rng: random.Random) -> None:
-    block = rng.randrange(1, world.blocks)
-    if rng.random() < 0.5:
+    coding = [job.block for job in world.jobs if job.block in world.manifest.entries]
+    block = rng.choice(coding) if coding else rng.randrange(1, world.blocks)
+    if coding or rng.random() < 0.5:
         world.forget(block)
     elif block in world.manifest.entries:
         world.manifest.evict(iter([block]), frames=1)
 
 
-def random_life(seed: int, *, kind: type[Manifest] = Manifest, operations: int = 120) -> set[str]:
+def random_life(seed: int, *, kind: type[Manifest] = Manifest, operations: int = 80) -> set[str]:
     rng = random.Random(seed)
     world = World(rng, frames=rng.choice([8, 14, 25, 60]), compact=rng.random() < 0.85, kind=kind)
     for _ in range(operations):
         happens: Callable[[World, random.Random], None] = rng.choices(
-            [take_step, background, give_up_something], weights=[6, 5, 1]
+            [take_step, background, give_up_something], weights=[6, 5, 2]
         )[0]
         happens(world, rng)
         world.check()
@@ -504,7 +522,7 @@ def random_life(seed: int, *, kind: type[Manifest] = Manifest, operations: int =
 
 def test_random_lives() -> None:
     seen: set[str] = set()
-    for seed in range(150):
+    for seed in range(50):
         seen |= random_life(seed)
     assert seen >= {"mirror", "parity", "lost", "torn", "encoded", "caught up"}
     assert "refused" not in seen, "no mirror ever differs from its checksum"
@@ -555,15 +573,8 @@ class ExtendsRewrites(Manifest):
         return Manifest.plan(self, replace(write, whole=False))
 
 
-class KeepsStalePieces(Manifest):
-    """Lets a retried step write frames of blocks that were given up."""
-
-    def current(self, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-        return tuple(pieces)
-
-
 @pytest.mark.parametrize(
-    "kind", [KeepsReusedBlocks, CommitsTornSteps, HandsFramesBackAtOnce, ExtendsRewrites, KeepsStalePieces]
+    "kind", [KeepsReusedBlocks, CommitsTornSteps, HandsFramesBackAtOnce, ExtendsRewrites]
 )
 def test_a_planted_bug_is_found(kind: type[Manifest]) -> None:
     for seed in range(400):

@@ -72,6 +72,15 @@ def test_bfloat16(bfloat16: Served) -> None:
     lose_both_in_turn(bfloat16, FOUR)
 
 
+def test_twenty_pairs_without_a_failure_are_the_same(bfloat16: Served) -> None:
+    """What the oracle rests on: with the batch held equal, failure-free runs agree, in bfloat16 too."""
+    asks = [Ask(max_tokens=16), Ask(max_tokens=16, temperature=0.8, seed=3), Ask(prompt=PROMPTS["walk"], max_tokens=16)]
+    first = bfloat16.run_together(asks)
+    for _ in range(20):
+        for reference, result in zip(first, bfloat16.run_together(asks), strict=True):
+            assert_same(reference, result)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_bfloat16_chunked_prefill(bfloat16: Served, rank: int) -> None:
     asks = [Ask(max_tokens=50), LONG_PROMPT]

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from real import kit
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(420)]

@@ -55,7 +55,7 @@ def test_a_flipped_byte_in_the_parity_is_refused(served: Served) -> None:
     reference, before = served.reference(ask), served.recoveries()
     refused = served.server.status()["counters"]["checksum_refusals_total"]
     served.arm(point="keeper_encoding", rank=0, action="corrupt_parity")
-    faulted = served.run(ask, on_token=Hurt(100, lambda: served.kill(1)))
+    faulted = served.run(ask, on_token=Hurt(60, lambda: served.kill(1)))
     assert_same(reference, faulted)
     report = served.recovery(after=before)
     assert report["path"] == "recompute", report
@@ -68,11 +68,11 @@ def test_without_restore_the_output_changes(served: Served) -> None:
     ask = Ask(max_tokens=150)
     reference = served.reference(ask)
     served.server.set_switch("skip_restore", True)
-    faulted = served.run(ask, on_token=Hurt(90, lambda: served.kill(1)))
+    faulted = served.run(ask, on_token=Hurt(60, lambda: served.kill(1)))
     verdict = compare_choices(reference.token_ids, faulted.token_ids)
     assert not verdict.identical
     assert verdict.first_difference is not None
-    assert verdict.first_difference >= 90, "a token already shown was changed"
+    assert verdict.first_difference >= 60, "a token already shown was changed"
 
 
 def test_bytes_are_what_was_lost(served: Served) -> None:
@@ -80,7 +80,7 @@ def test_bytes_are_what_was_lost(served: Served) -> None:
     served.server.set_switch("debug_copy", True)
     reference, before = served.reference(SEEDED), served.recoveries()
     counters = served.server.status()["counters"]
-    faulted = served.run(SEEDED, on_token=Hurt(80, lambda: served.kill(1)))
+    faulted = served.run(SEEDED, on_token=Hurt(60, lambda: served.kill(1)))
     assert_same(reference, faulted)
     assert_rebuilt(served.recovery(after=before), sealed=True)
     after = served.server.status()["counters"]
@@ -95,7 +95,7 @@ def test_the_byte_comparison_can_fail(served: Served) -> None:
     before = served.server.status()["counters"]["blocks_different_total"]
     served.arm(point="keeper_encoding", rank=0, action="corrupt_parity")
     recoveries = served.recoveries()
-    served.run(Ask(max_tokens=100), on_token=Hurt(80, lambda: served.kill(1)))
+    served.run(Ask(max_tokens=100), on_token=Hurt(60, lambda: served.kill(1)))
     served.recovery(after=recoveries)
     assert served.server.status()["counters"]["blocks_different_total"] > before
 
@@ -126,9 +126,8 @@ def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
 def test_a_step_that_raises_once_is_retried(served: Served, point: str) -> None:
     reference, before = served.reference(SEEDED), served.recoveries()
     pids = [rank["pid"] for rank in served.server.status()["ranks"]]
-    faulted = served.run(
-        SEEDED, on_token=Hurt(70, lambda: served.arm(point=point, rank=1, action="raise"))
-    )
+    served.arm(point=point, rank=1, action="raise", skip=70)
+    faulted = served.run(SEEDED)
     assert_same(reference, faulted)
     report = served.recovery(after=before)
     assert report["lost_ranks"] == []
@@ -137,13 +136,10 @@ def test_a_step_that_raises_once_is_retried(served: Served, point: str) -> None:
 
 def test_a_step_that_always_raises_fails_its_requests_only(served: Served) -> None:
     """Both ranks raise each time: the requests get an error, the server goes on."""
-
-    def arm() -> None:
-        for _ in range(2):
-            for rank in (0, 1):
-                served.arm(point="before_model", rank=rank, action="raise")
-
-    failed = served.run(Ask(max_tokens=100), on_token=Hurt(40, arm))
+    for _ in range(2):
+        for rank in (0, 1):
+            served.arm(point="before_model", rank=rank, action="raise", skip=40)
+    failed = served.run(Ask(max_tokens=100))
     assert failed.error is not None or set(failed.finish_reasons.values()) & {"error", "abort"}, failed
     served.server.admin.disarm_faults()
     ask = Ask(max_tokens=60)
@@ -172,7 +168,7 @@ def test_a_killed_keeper_is_restarted(served: Served) -> None:
     def kill_keeper() -> None:
         os.kill(keeper["pid"], signal.SIGKILL)
 
-    kill_rank = Hurt(120, lambda: (served.settle(), served.kill(1)))
+    kill_rank = Hurt(90, lambda: (served.settle(), served.kill(1)))
     kill = Hurt(40, kill_keeper)
 
     def both(*arguments) -> None:
@@ -192,7 +188,7 @@ def test_a_keeper_that_dies_while_encoding(served: Served) -> None:
     reference, before = served.reference(ask), served.recoveries()
     restarts = served.server.status()["keeper"]["restarts"]
     served.arm(point="keeper_encoding", rank=0, action="kill")
-    faulted = served.run(ask, on_token=Hurt(110, lambda: (served.settle(), served.kill(0))))
+    faulted = served.run(ask, on_token=Hurt(80, lambda: (served.settle(), served.kill(0))))
     assert_same(reference, faulted)
     assert_rebuilt(served.recovery(after=before), sealed=True)
     assert served.server.status()["keeper"]["restarts"] == restarts + 1
@@ -203,7 +199,7 @@ def test_a_flipped_byte_in_a_mirror_is_not_coded(served: Served) -> None:
     ask = Ask(max_tokens=150)
     reference, before = served.reference(ask), served.recoveries()
     served.arm(point="staged", rank=1, action="corrupt_mirror", skip=20)
-    faulted = served.run(ask, on_token=Hurt(120, lambda: served.kill(1)))
+    faulted = served.run(ask, on_token=Hurt(90, lambda: served.kill(1)))
     assert_same(reference, faulted)
     assert served.recovery(after=before)["ok"]
 
@@ -220,14 +216,4 @@ def test_the_memory_bound_holds_after_the_last_token(served: Served) -> None:
     assert shadow["parity_bytes"] + shadow["mirror_bytes"] <= shadow["bound_bytes"]
     assert shadow["parity_bytes"] > 0
     assert shadow["unprotected_blocks"] == 0
-
-
-def test_twenty_pairs_without_a_failure_are_the_same(served: Served) -> None:
-    """What the oracle rests on: with the batch held equal, two failure-free runs agree."""
-    asks = [Ask(max_tokens=24), Ask(max_tokens=24, temperature=0.8, seed=3)]
-    first = served.run_together(asks)
-    for _ in range(20):
-        again = served.run_together(asks)
-        for reference, result in zip(first, again, strict=True):
-            assert_same(reference, result)
 

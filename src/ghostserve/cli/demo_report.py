@@ -13,6 +13,9 @@ from typing import Any
 from ghostserve.testing.oracle import Verdict, compare
 from ghostserve.types import Phase, RecoveryPath
 
+DISTINCT_RATIO_MIN = 0.3
+"""An answer that repeats itself more than this may go on unchanged although its KV is lost."""
+
 PARITY_BLOCKS_MIN = 2
 """Fewer sealed blocks back from parity would leave open whether parity works."""
 
@@ -53,6 +56,12 @@ def outage_ms(arrivals_s: Sequence[float], kill_sent_s: float) -> float | None:
     """
     gaps_s = [after - before for before, after in pairwise(arrivals_s) if after > kill_sent_s]
     return max(gaps_s) * 1e3 if gaps_s else None
+
+
+def distinct_ratio(tokens: Sequence[int], length: int = 4) -> float:
+    """Different runs of `length` tokens over all such runs: 1.0 if none repeats, near 0 in a loop."""
+    runs = [tuple(tokens[at : at + length]) for at in range(len(tokens) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else 1.0
 
 
 def verdict_of(run: DemoRun) -> Verdict:
@@ -107,6 +116,8 @@ def failures(report: Mapping[str, Any], run: DemoRun) -> list[str]:
         reasons.append(f"the answer differs from the unfailed one from token {at} on")
     elif not run.reference_ids:
         reasons.append("both answers are empty, so nothing was compared")
+    elif distinct_ratio(run.reference_ids[run.killed_at_token :]) < DISTINCT_RATIO_MIN:
+        reasons.append("the answer repeats itself after the kill, so that equality proves nothing")
     if run.recovery is None:
         reasons.append("the server reported no recovery for the killed process")
         return reasons

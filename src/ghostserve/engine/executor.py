@@ -30,7 +30,7 @@ from vllm.v1.executor.multiproc_executor import (
 from ghostserve.arena.control import LANE_ENGINE, ControlPage, StampStatus
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.engine import session
+from ghostserve.engine import session, weights_identity
 from ghostserve.engine.guard import Guard
 from ghostserve.engine.leftovers import Leftovers
 from ghostserve.engine.limits import refuse_unsupported, refuse_unsupported_kv
@@ -97,6 +97,7 @@ class GhostExecutor(MultiprocExecutor):
         self._get_parallel_sizes()
         self.settings = Settings.from_environment()
         self.leftovers = Leftovers()
+        self.weights = weights_identity.identity(self.model_config.model)
         self._connect_arena()
         self._start_workers()
         self.ring = Ring(self)
@@ -245,13 +246,17 @@ class GhostExecutor(MultiprocExecutor):
         message = StepMessage(
             epoch=self.performer.epoch, step=step.step, scheduler_output=step.sent, pieces=step.pieces
         )
-        self.ring.send("ghost_step", message, reply_rank=self.output_rank, gone=self.ring.dead())
+        self.ring.send("ghost_step", message, reply_rank=self.output_rank, gone=self._known_dead())
 
     def _send_sample(self, step: OpenStep) -> None:
         message = SampleMessage(
             epoch=self.performer.epoch, step=step.step, grammar_output=step.grammar_output
         )
-        self.ring.send("ghost_sample", message, reply_rank=self.output_rank, gone=self.ring.dead())
+        self.ring.send("ghost_sample", message, reply_rank=self.output_rank, gone=self._known_dead())
+
+    def _known_dead(self) -> frozenset[int]:
+        """Ranks that will not read what is sent now; looked up only once a death was noticed."""
+        return frozenset() if self.monitor.noticed_at_s is None else self.ring.dead()
 
     def _complete(self) -> Any:
         """Bring the open step through its present stage, repairing as often as the performer allows."""
@@ -265,6 +270,7 @@ class GhostExecutor(MultiprocExecutor):
                 except (RanksDied, RankRaised, RankSilent) as failure:
                     outcome = self.performer.recover(failure)
                     if outcome is Outcome.STEP_FAILED:
+                        self.session.guard.withdraw(step.pieces)
                         self.open_step = None
                         return _failed(step.scheduler_output)
                     send_again = True
@@ -365,6 +371,8 @@ class GhostExecutor(MultiprocExecutor):
         try:
             replies = self.ring.collect(ranks, timeout_s=math.inf if timeout is None else timeout)
         except RankRaised as failure:
+            # The other ranks' replies would be taken for answers to the next call.
+            self.ring.drain(range(self.world_size), gone=(), timeout_s=self.settings.config.leave_timeout)
             raise RuntimeError(f"Worker failed with error '{failure.reason}'") from None
         except RankSilent as failure:
             raise TimeoutError(f"RPC call to {method} timed out.") from failure

@@ -20,7 +20,10 @@ from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 logger = logging.getLogger(__name__)
 
 # Names of parallel_state's module globals that hold a group; a test fails when vLLM has others.
-GROUP_GLOBALS = ("_TP", "_ETP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB", "_WORLD", "_NODE_COUNT")
+GROUP_GLOBALS = (
+    "_TP", "_ETP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB", "_ENGRAM_DP", "_INNER_DP_WORLD", "_WORLD",
+    "_NODE_COUNT",
+)  # fmt: skip
 
 
 def leave_groups() -> None:

@@ -6,6 +6,7 @@ the shadow is counted and logged, the step goes on without protection for what i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
 import threading
@@ -86,6 +87,7 @@ class Guard:
     _keeper: KeeperClient | None = None
     _next_wipe: int = 1
     _wipes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _held: list[Answer] | None = None
 
     @property
     def reserve_frames(self) -> int:
@@ -175,8 +177,12 @@ class Guard:
             with self.lock:
                 return self._plan(self.manifest, self.tables, scheduler_output)
         except Exception:
-            logger.exception("the shadow could not plan a step; it runs unprotected")
+            # What the step overwrites is not known, so nothing that is mirrored may be believed from now on.
+            logger.exception("the shadow could not plan a step: protection is off")
             self.page.add(Counter.SHADOW_ERRORS_TOTAL)
+            with self.lock:
+                self.tables = None
+                self.manifest.drop_all()
             return ()
 
     def _plan(self, manifest: Manifest, tables: BlockTables, scheduler_output: Any) -> tuple[Piece, ...]:
@@ -212,6 +218,13 @@ class Guard:
         if self.manifest is not None:
             with self.lock:
                 self.manifest.withdraw(pieces)
+
+    def current(self, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+        """What a step that is sent again may still mirror: frames of blocks given up may be another's."""
+        if self.manifest is None:
+            return ()
+        with self.lock:
+            return self.manifest.current(pieces)
 
     def _read_checksums(self, epoch: int, step: int, pieces: int) -> list[tuple[int, ...]] | None:
         """Per rank, the crc32 of each piece; None if a rank could not stage."""
@@ -285,18 +298,38 @@ class Guard:
             self._wipes[job] = frames[first : first + WIPE_FRAMES_MAX]
             self._keeper.submit(WipeJob(job=job, frames=self._wipes[job]))
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While blocks are restored the keeper's answers wait: they would free mirrors that are being read."""
+        with self.lock:
+            self._held = []
+        try:
+            yield
+        finally:
+            with self.lock:
+                answers, self._held = self._held, None
+            for answer in answers or ():
+                self._on_answer(answer)
+
     def _on_answer(self, answer: Answer) -> None:
         """The keeper is done with a job; called from its client's thread."""
         with self.lock:
+            if self._held is not None:
+                self._held.append(answer)
+                return
             manifest = self.manifest
             assert manifest is not None
             if isinstance(answer, WipeDone):
-                manifest.pool.release(self._wipes.pop(answer.job, ()))
+                frames = self._wipes.pop(answer.job, ())
+                if answer.ok:
+                    manifest.pool.release(frames)
+                else:  # they may still hold users' text: never reused unwiped
+                    logger.error("%d frames could not be wiped and are withheld: %s", len(frames), answer.reason)
+                    self.page.add(Counter.SHADOW_ERRORS_TOTAL)
             else:
                 manifest.job_done(answer.job // 2, ok=answer.ok, parity_checksums=answer.parity_checksums)
                 if not answer.ok:
-                    logger.error("the keeper refused a stripe: ranks %s", list(answer.bad_ranks))
-                    self.page.add(Counter.CHECKSUM_REFUSALS_TOTAL)
+                    logger.error("the keeper refused a stripe: %s", answer.reason)
             self._compact(manifest)
 
     # -- a rebuild's frames ----------------------------------------------------------------------------
@@ -333,6 +366,8 @@ class Guard:
         if self.manifest is None or self.block_pool is None:
             return
         with self.lock:
+            if self._held is not None:
+                return
             for block in [*self.manifest.entries, *self.manifest.unprotected]:
                 if not self._live(block):
                     self.manifest.drop(block)
@@ -349,6 +384,9 @@ class Guard:
         found = [record for record in records if record is not None]
         if len(set(found)) > 1:
             logger.error("ranks hold different random states after step %d", step)
+            self.page.add(Counter.SHADOW_ERRORS_TOTAL)
+        if not found:
+            logger.error("no rank's random states after step %d are known: what is sampled may change", step)
             self.page.add(Counter.SHADOW_ERRORS_TOTAL)
         return found[0] if found else None
 

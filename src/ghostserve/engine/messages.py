@@ -56,12 +56,14 @@ class RankLayout:
 class RequestSnapshot:
     """One request as every worker knew it before the step that failed.
 
-    `new_data` is the NewRequestData it was introduced with; `in_batch` tells whether it occupies a row.
+    `new_data` is the NewRequestData it was introduced with; `in_batch` tells whether it occupies a row. It has
+    KV of `computed_tokens` as its last step began, of `reached_tokens` now.
     """
 
     new_data: Any
     block_ids: tuple[list[int], ...]
     computed_tokens: int
+    reached_tokens: int
     output_token_ids: list[int]
     in_batch: bool
 

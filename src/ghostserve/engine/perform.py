@@ -21,10 +21,11 @@ from vllm.v1.executor.multiproc_executor import WorkerProc
 
 from ghostserve.arena.control import Counter, Mark, StampStatus
 from ghostserve.clock import monotonic_s
+from ghostserve.engine import weights_identity
 from ghostserve.engine.messages import JoinMessage
 from ghostserve.engine.rebuild import Rebuild, RebuildResult
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
-from ghostserve.errors import EngineLost
+from ghostserve.errors import EngineLost, GhostserveError
 from ghostserve.recovery.machine import (
     NOBODY,
     Event,
@@ -46,6 +47,10 @@ from ghostserve.recovery.report import PhaseClock, RecoveryReport
 from ghostserve.types import Phase, RecoveryPath
 
 logger = logging.getLogger(__name__)
+
+
+class CannotReplace(GhostserveError):
+    """A replacement would not be what was lost."""
 
 
 class Outcome(Enum):
@@ -160,6 +165,9 @@ class Performer:
             if self._report is not None:
                 self._report.lose(failure.ranks, self._executor.workers)
             return [RanksLost(ranks=failure.ranks, reason=failure.reason, epoch=run.epoch)]
+        except CannotReplace as failure:
+            logger.critical("%s", failure)
+            return [PhaseFailed(phase=self.phase, reason=str(failure), epoch=run.epoch)]
         except RankRaised as failure:
             logger.error("%s failed on rank %d: %s", self.phase.value, failure.rank, failure.reason)
             reason = failure.reason.splitlines()[0]
@@ -197,16 +205,22 @@ class Performer:
         """Newcomers start, survivors wait for them at a new rendezvous, weights are loaded."""
         executor, lost, survivors = self._executor, self.lost, self._survivors()
         ring, timeout_s = executor.ring, self._config.start_timeout
+        now = weights_identity.identity(executor.model_config.model)
+        if lost and (changed := weights_identity.what_changed(executor.weights, now)):
+            raise CannotReplace(changed)
         init_method = executor.leftovers.init_method()
         # Newcomers join the ring behind this message, so it is sent before they start.
         ring.send("ghost_regroup", init_method, timeout_s, gone=lost)
         join_at = executor.rpc_broadcast_mq.current_idx
         started_s = monotonic_s()
         unready = {rank: executor.start_rank(rank, init_method, join_at=join_at) for rank in sorted(lost)}
+        for rank, handle in unready.items():  # from here on a fence finds them
+            executor.workers[rank].proc = handle.proc
+            executor.workers[rank].death_writer = handle.death_writer
         for rank, handle in unready.items():
             self._await_ready(rank, handle, deadline_s=started_s + timeout_s)
-        for worker in (executor.workers[rank] for rank in unready):
-            worker.worker_response_mq.wait_until_ready()
+        for rank in unready:
+            self._shake_hands(rank, deadline_s=started_s + timeout_s)
         ring.collect(survivors, timeout_s=timeout_s)
         executor.note_segments()
         self._mark_start(lost, started_s)
@@ -214,8 +228,6 @@ class Performer:
     def _await_ready(self, rank: int, handle: Any, *, deadline_s: float) -> None:
         """A newcomer's READY, bounded; it takes the rank from here on."""
         executor = self._executor
-        executor.workers[rank].proc = handle.proc  # what a fence would have to kill
-        executor.workers[rank].death_writer = handle.death_writer
         while not handle.ready_pipe.poll(0.02):
             if not handle.proc.is_alive():
                 raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} ended while starting")
@@ -231,6 +243,16 @@ class Performer:
             raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} failed: {error}") from None
         executor.workers[rank] = worker
         executor.response_mqs[rank] = worker.worker_response_mq
+
+    def _shake_hands(self, rank: int, *, deadline_s: float) -> None:
+        """The stock handshake of a newcomer's reply queue, bounded."""
+        worker = self._executor.workers[rank]
+        while not worker.worker_response_mq.local_socket.poll(20):
+            if not worker.proc.is_alive():
+                raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} ended while starting")
+            if monotonic_s() > deadline_s:
+                raise RankSilent(frozenset({rank}), f"the replacement of rank {rank} was not ready in time")
+        worker.worker_response_mq.wait_until_ready()
 
     def _mark_start(self, lost: frozenset[int], started_s: float) -> None:
         """Charge the concurrent start by what the slowest newcomer noted down."""
@@ -260,9 +282,11 @@ class Performer:
         if with_kv:
             self.phase = Phase.KV
             result = rebuild.restore_kv(timeout_s=self._config.restore_timeout)
-            if self._report is not None:
-                self._report.add(result)
-            self._mark(Phase.KV)
+        else:
+            result = rebuild.recompute_half_collected(timeout_s=self._config.restore_timeout)
+        if self._report is not None:
+            self._report.add(result)
+        self._mark(Phase.KV if with_kv else Phase.STATE)
 
     def _compiled(self) -> bool:
         return bool(self._executor.vllm_config.compilation_config.mode != CompilationMode.NONE)

@@ -107,12 +107,11 @@ class RankShadow:
             ]
             if self._page.get_switch(Switch.DEBUG_COPY):
                 self._debug_copy(pieces)
+            record = struct.pack(f"<{len(checksums)}I", *checksums)
+            self._staging.write(self._rank, ack_key(step), epoch, record)
         except Exception:
             logger.exception("rank %d: step %d could not be mirrored", self._rank, step)
             self._page.add(Counter.SHADOW_ERRORS_TOTAL, 1)
-            return
-        record = struct.pack(f"<{len(checksums)}I", *checksums)
-        self._staging.write(self._rank, ack_key(step), epoch, record)
 
     def record_random_state(self, *, epoch: int, step: int, record: bytes) -> None:
         """Keep the random states after a step where they outlive this process. Never raises."""
@@ -156,6 +155,9 @@ class RankShadow:
             else:
                 mirrors += 1
                 mirror.seed_progress(frame=item.frame, slots=item.slots, checksum=item.checksum)
+        self._page.add(Counter.KV_BLOCKS_FROM_MIRRORS_TOTAL, mirrors)
+        self._page.add(Counter.KV_BLOCKS_FROM_PARITY_TOTAL, parities)
+        self._page.add(Counter.KV_BYTES_REBUILT_TOTAL, rebuilt)
         return RestoreReport(
             blocks_from_mirrors=mirrors,
             blocks_from_parity=parities,

@@ -87,8 +87,21 @@ class Rebuild:
         scheduler, step = self._session.scheduler, self._executor.open_step
         if scheduler is None or self._page.get_switch(Switch.SKIP_RESTORE):
             return RebuildResult()
-        interrupted = None if step is None else step.scheduler_output
-        needed, used = scheduler.needed_slots(interrupted)
+        needed, used = scheduler.needed_slots(None if step is None else step.sent)
+        with self._guard.held():
+            return self._restore_needed(needed, used, timeout_s=timeout_s)
+
+    def recompute_half_collected(self, *, timeout_s: float) -> RebuildResult:
+        """Where no KV was lost: prompt log-probabilities collected so far went with the roll-back all the same."""
+        scheduler, step = self._session.scheduler, self._executor.open_step
+        if scheduler is None:
+            return RebuildResult()
+        _, used = scheduler.needed_slots(None if step is None else step.sent)
+        return self._recompute(set(), used, RebuildResult(), timeout_s=timeout_s)
+
+    def _restore_needed(
+        self, needed: dict[int, tuple[int, int]], used: dict[str, set[int]], *, timeout_s: float
+    ) -> RebuildResult:
         with self._guard.lock:
             restores, lost_blocks = self._decide(needed)
         result = RebuildResult()
@@ -177,13 +190,19 @@ class Rebuild:
                 self._guard.manifest.drop(block)
         if not affected and not lost_blocks:
             return result
-        interrupted = None if step is None else step.scheduler_output
+        # What is sent, not what was scheduled: an earlier attempt may have taken requests out already.
+        interrupted = None if step is None else step.sent
         scheduled = {} if interrupted is None else interrupted.num_scheduled_tokens
-        tokens = sum(running[name].num_computed_tokens - scheduled.get(name, 0) for name in affected)
         unwritten = scheduler.unwritten_blocks(interrupted, affected)
+        while sharing := {name for name, blocks in used.items() if blocks & unwritten.keys()} - affected:
+            # They count on blocks that the step was to write for a request that leaves it.
+            affected |= sharing
+            unwritten = scheduler.unwritten_blocks(interrupted, affected)
+        tokens = sum(running[name].num_computed_tokens - scheduled.get(name, 0) for name in affected)
         reduced = scheduler.recompute(affected, lost_blocks, interrupted)
         if step is not None:
             self._take_out(step, reduced, affected, unwritten)
+            step.pieces = self._guard.current(step.pieces)
         self._executor.view.leave_batch(affected)
         self.roll_back(timeout_s=timeout_s)
         self._page.add(Counter.TOKENS_RECOMPUTED_TOTAL, tokens)
@@ -194,7 +213,7 @@ class Rebuild:
             RebuildResult(tokens_recomputed=tokens, requests_recomputed=len(affected))
         )
 
-    def _take_out(self, step: Any, reduced: Any, affected: set[str], unwritten: set[int]) -> None:
+    def _take_out(self, step: Any, reduced: Any, affected: set[str], unwritten: dict[int, int]) -> None:
         """The open step goes on without these requests; workers learn of the new ones all the same."""
         for new in step.sent.scheduled_new_reqs:
             if new.req_id in affected:

@@ -61,9 +61,15 @@ class KnownRequest:
 
     new_data: Any
     block_ids: tuple[list[int], ...]
-    computed_tokens: int
+    computed_tokens: int  # as the last step that named it began
+    scheduled_tokens: int = 0  # of that step
     output_token_ids: list[int] = field(default_factory=list)
     in_batch: bool = True
+
+    @property
+    def reached_tokens(self) -> int:
+        """Tokens whose KV there is now."""
+        return self.computed_tokens + self.scheduled_tokens
 
 
 @dataclass(slots=True)
@@ -84,6 +90,8 @@ class WorkersView:
         cached = scheduler_output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             self._advance(cached, index, self.requests[request_id], request_id in cached.resumed_req_ids)
+        for request_id, tokens in scheduled.items():
+            self.requests[request_id].scheduled_tokens = tokens
         for request_id, tokens in zip(
             model_output.req_ids, model_output.sampled_token_ids or (), strict=False
         ):
@@ -131,6 +139,7 @@ class WorkersView:
             new_data=known.new_data,
             block_ids=tuple(list(ids) for ids in known.block_ids),
             computed_tokens=known.computed_tokens,
+            reached_tokens=known.reached_tokens,
             output_token_ids=list(known.output_token_ids),
             in_batch=known.in_batch,
         )
@@ -215,7 +224,7 @@ def _track_prompt_logprobs(runner: Any, snapshot: RequestSnapshot) -> None:
     params = snapshot.new_data.sampling_params
     if params is None or params.prompt_logprobs is None:
         return
-    if snapshot.computed_tokens < len(snapshot.new_data.prompt_token_ids or ()):
+    if snapshot.reached_tokens < len(snapshot.new_data.prompt_token_ids or ()):
         everything = params.prompt_logprobs == -1
         runner.num_prompt_logprobs[snapshot.new_data.req_id] = (
             runner.input_batch.vocab_size if everything else params.prompt_logprobs
@@ -228,5 +237,5 @@ def stuck_in_prompt_logprobs(view: WorkersView) -> Iterable[str]:
         params, prompt = known.new_data.sampling_params, known.new_data.prompt_token_ids or ()
         if params is None or params.prompt_logprobs is None:
             continue
-        if 0 < known.computed_tokens < len(prompt):
+        if 0 < known.reached_tokens < len(prompt):
             yield name

@@ -34,6 +34,7 @@ class RankRaised(Exception):
     """A rank answered with an exception, and all processes are alive."""
 
     def __init__(self, rank: int, reason: str) -> None:
+        reason = reason or "an exception without a message"
         super().__init__(reason)
         self.rank = rank
         self.reason = reason

@@ -59,6 +59,8 @@ class GhostScheduler(Scheduler):
         self._session.count_failed_requests(len(failed))
         self._evict_unwritten(scheduler_output, failed)
         self.grammar_compile_error_reqs.update(failed)
+        # The workers were never told, or were rolled back to before they were.
+        self.finished_req_ids |= scheduler_output.finished_req_ids
 
     # -- other ways in ---------------------------------------------------------------------------------
 
@@ -87,11 +89,13 @@ class GhostScheduler(Scheduler):
     def needed_slots(self, open_step: Any | None) -> tuple[dict[int, tuple[int, int]], dict[str, set[int]]]:
         """What must be restored: (block -> (group, written slots)), and the blocks each running request uses.
 
-        `open_step`: the step that was interrupted; what it was to write was not written.
+        `open_step`: the step that was interrupted; what it was to write was not written, also not for those
+        that found it in the prefix cache, which knows a block as soon as it is scheduled.
         """
         needed: dict[int, tuple[int, int]] = {}
         used: dict[str, set[int]] = {}
         scheduled = {} if open_step is None else open_step.num_scheduled_tokens
+        unwritten = self.unwritten_blocks(open_step, set(scheduled))
         sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
         for request in self.running:
             computed = request.num_computed_tokens - scheduled.get(request.request_id, 0)
@@ -103,18 +107,22 @@ class GhostScheduler(Scheduler):
                     if block == self.kv_cache_manager.block_pool.null_block.block_id or slots == 0:
                         continue
                     mine.add(block)
-                    needed[block] = (group, max(slots, needed.get(block, (group, 0))[1]))
-        self._add_cached(needed, sizes, self.unwritten_blocks(open_step, set(scheduled)))
+                    slots = min(slots, unwritten.get(block, slots))
+                    if slots:
+                        needed[block] = (group, max(slots, needed.get(block, (group, 0))[1]))
+        self._add_cached(needed, sizes, unwritten.keys())
         return needed, used
 
-    def _add_cached(self, needed: dict[int, tuple[int, int]], sizes: list[int], unwritten: set[int]) -> None:
-        """Blocks that only the prefix cache holds are data too, and whole."""
+    def _add_cached(
+        self, needed: dict[int, tuple[int, int]], sizes: list[int], unwritten: Collection[int]
+    ) -> None:
+        """Blocks that only the prefix cache holds are data too: as far as their hash covers them."""
         groups = self._session.groups_of_blocks()
         for block in self.kv_cache_manager.block_pool.blocks:
             if block.block_hash is None or block.block_id in needed or block.block_id in unwritten:
                 continue
             group = groups.get(block.block_id, 0)
-            needed[block.block_id] = (group, sizes[group])
+            needed[block.block_id] = (group, min(block.block_hash_num_tokens or sizes[group], sizes[group]))
 
     def recompute(
         self, request_ids: Collection[str], lost_blocks: Iterable[int], open_step: Any | None
@@ -135,13 +143,16 @@ class GhostScheduler(Scheduler):
         return None if open_step is None else _without(open_step, removed)
 
     def _evict_unwritten(self, open_step: Any | None, request_ids: set[str]) -> None:
-        self.kv_cache_manager.evict_blocks(self.unwritten_blocks(open_step, request_ids))
+        self.kv_cache_manager.evict_blocks(set(self.unwritten_blocks(open_step, request_ids)))
 
-    def unwritten_blocks(self, open_step: Any | None, request_ids: set[str]) -> set[int]:
-        """Blocks that the step was to write for these requests; the cache knows them already by hash."""
+    def unwritten_blocks(self, open_step: Any | None, request_ids: set[str]) -> dict[int, int]:
+        """Blocks that the step was to write for these requests -> slots written before it.
+
+        The prefix cache knows them already by hash.
+        """
         if open_step is None:
-            return set()
-        unwritten: set[int] = set()
+            return {}
+        unwritten: dict[int, int] = {}
         sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
         for request_id, scheduled in open_step.num_scheduled_tokens.items():
             request = self.requests.get(request_id)
@@ -150,8 +161,9 @@ class GhostScheduler(Scheduler):
             first = request.num_computed_tokens - scheduled
             tables = self.kv_cache_manager.get_block_ids(request_id)
             for size, blocks in zip(sizes, tables, strict=True):
-                unwritten.update(blocks[first // size :])
-        unwritten.discard(self.kv_cache_manager.block_pool.null_block.block_id)
+                for index in range(max(first, 0) // size, len(blocks)):
+                    unwritten[blocks[index]] = max(first - index * size, 0)
+        unwritten.pop(self.kv_cache_manager.block_pool.null_block.block_id, None)
         return unwritten
 
 

@@ -127,9 +127,11 @@ def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: Contr
         if server.serving:
             raise
         raise StartError(f"the engine did not start: {error}; the log above has the cause") from error
+    if server.interrupted:
+        return 130
     if server.engine_lost:
         raise EngineLost("the engine could not be repaired; the log above has the cause")
-    return 130 if server.interrupted else 0
+    return 0
 
 
 class _Engine(AsyncLLM):

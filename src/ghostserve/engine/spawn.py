@@ -111,10 +111,12 @@ def worker_main(start: WorkerStart, ready: Connection, death: Connection) -> Non
         configure_logging(logging_config)
     _pin(start.cpus)
     _mark_started(start.rank)
+    queues: list[MessageQueue | None] = []
+    _watch_parent(death, stopping, queues)  # also while it waits for peers that may never come
     worker: GhostWorkerProc | None = None
     try:
         worker = GhostWorkerProc(start)
-        _watch_parent(death, stopping, [worker.rpc_broadcast_mq, worker.worker_response_mq])
+        queues += [worker.rpc_broadcast_mq, worker.worker_response_mq]
         assert worker.worker_response_mq is not None
         ready.send(
             {
@@ -145,7 +147,8 @@ def _install_signal_handlers(stopping: threading.Event) -> None:
             raise SystemExit
 
     signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    # Ctrl-C reaches the whole foreground group: the front ends the server, a rank must not seem to die first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _pin(cpus: tuple[int, ...]) -> None:
@@ -157,8 +160,10 @@ def _pin(cpus: tuple[int, ...]) -> None:
 
 
 def _mark_started(rank: int) -> None:
-    page = ControlPage(fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=10.0)["control"])
-    page.mark(rank, Mark.PROCESS_STARTED, monotonic_s())
+    segments = fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=10.0)
+    ControlPage(segments["control"]).mark(rank, Mark.PROCESS_STARTED, monotonic_s())
+    for segment in segments.values():
+        segment.close()
 
 
 def _watch_parent(death: Connection, stopping: threading.Event, queues: list[MessageQueue | None]) -> None:

@@ -197,7 +197,9 @@ class GhostWorkerMixin:
                 self.initialize_from_config(message.kv_cache_configs[self.rank])
         if newcomer and message.geometry is not None:
             self.ghost_layout()
-            self.ghost_map(message.geometry)
+            # Not ghost_map: its first record of random states would take the place of one that is needed now.
+            assert self._shadow is not None
+            self._shadow.map_arena(message.geometry)
         self._page.mark(self.rank, Mark.KV_READY, monotonic_s())
 
     def ghost_state(self, message: StateMessage) -> None:

@@ -1,0 +1,307 @@
+"""What protection costs while nothing fails: four servers, one after the other, round by round.
+
+    a  ghostserve serve                        gloo              a / c  what we cost         at least 0.95
+    b  ghostserve serve --protection none      shared memory     b / d  what off costs       at least 0.99
+    c  stock vLLM, gloo                        gloo              a / d  to vLLM as it comes  (no target)
+    d  stock vLLM                              shared memory
+
+    .venv/bin/python bench/overhead.py [--quick] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import results
+from estimates import Estimate, estimate_median, judge_ratio
+from servers import MODEL_NAME, OURS_OFF, OURS_ON, STOCK, STOCK_GLOO, Servers, Variant, cpu_s, say, shipped_prompts
+from streams import Rate, rate_of, run_streams
+
+from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.errors import CheckFailed, GhostserveError
+from ghostserve.testing.server import ServerProcess
+
+VARIANTS = (OURS_ON, OURS_OFF, STOCK_GLOO, STOCK)
+STREAMS = (1, 8)
+FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 << 20))
+WARM_UP_TOKENS = 24
+QUIET_S, QUIET_CPU_S, QUIET_TIMEOUT_S = 0.4, 0.03, 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two variants to compare, and how fast the first must at least be, as a share of the second."""
+
+    over: str
+    under: str
+    meaning: str
+    at_least: float | None
+
+
+PAIRS = (
+    Pair(over="a", under="c", meaning="ours on, same collectives", at_least=0.95),
+    Pair(over="b", under="d", meaning="ours off, same collectives", at_least=0.99),
+    Pair(over="a", under="d", meaning="ours on, vLLM as it comes", at_least=None),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One measurement. `others_cpu_percent`: what the idle servers used of one core meanwhile."""
+
+    round: int
+    place: int  # in the round's order, from 0
+    variant: str
+    streams: int
+    tokens_per_s: float
+    step_us: float
+    others_cpu_percent: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: int
+    tokens_by_streams: Mapping[int, int]
+    seed: int
+
+
+# ---- what the samples say (pure) -------------------------------------------------------------------------------------
+
+
+def by_round(samples: Iterable[Sample], *, variant: str, streams: int) -> dict[int, Sample]:
+    """The samples of one variant."""
+    return {s.round: s for s in samples if s.variant == variant and s.streams == streams}
+
+
+def compare(
+    samples: Sequence[Sample], pair: Pair, *, streams: int, rng: random.Random
+) -> tuple[Estimate, Estimate]:
+    """Of each round's pair: the ratio of speeds, and the difference in microseconds per step."""
+    over = by_round(samples, variant=pair.over, streams=streams)
+    under = by_round(samples, variant=pair.under, streams=streams)
+    rounds = sorted(over.keys() & under.keys())
+    ratios = [over[r].tokens_per_s / under[r].tokens_per_s for r in rounds]
+    differences = [over[r].step_us - under[r].step_us for r in rounds]
+    return estimate_median(ratios, rng=rng), estimate_median(differences, rng=rng)
+
+
+def summarise(samples: Sequence[Sample], *, seed: int) -> dict[str, Any]:
+    """Medians of the variants and all comparisons, as plain values."""
+    rng = random.Random(seed)
+    speeds, comparisons = [], []
+    for streams in STREAMS:
+        for variant in VARIANTS:
+            mine = list(by_round(samples, variant=variant.letter, streams=streams).values())
+            speeds.append(
+                {
+                    "streams": streams,
+                    "variant": variant.letter,
+                    "tokens_per_s": statistics.median(s.tokens_per_s for s in mine),
+                    "step_us": statistics.median(s.step_us for s in mine),
+                }
+            )
+        for pair in PAIRS:
+            ratio, difference = compare(samples, pair, streams=streams, rng=rng)
+            entry = {"streams": streams, **asdict(pair), "ratio": asdict(ratio), "step_us": asdict(difference)}
+            if pair.at_least is not None:
+                decision = judge_ratio(ratio, at_least=pair.at_least)
+                entry |= {"judgement": decision.choice.value, "reason": decision.reason}
+            comparisons.append(entry)
+    return {"speeds": speeds, "comparisons": comparisons}
+
+
+def markdown(summary: Mapping[str, Any], *, plan: Plan, worst_others_percent: float) -> str:
+    """Both tables."""
+    titles = {variant.letter: f"{variant.title} ({variant.collectives.value})" for variant in VARIANTS}
+    speeds = [
+        [
+            f"{entry['variant']}  {titles[entry['variant']]}",
+            str(entry["streams"]),
+            f"{entry['tokens_per_s']:.1f}",
+            f"{entry['step_us']:.0f}",
+        ]
+        for entry in summary["speeds"]
+    ]
+    comparisons = [
+        [
+            f"{entry['over']} / {entry['under']}  {entry['meaning']}",
+            str(entry["streams"]),
+            "{median:.3f}".format(**entry["ratio"]),
+            "{low:.3f} to {high:.3f}".format(**entry["ratio"]),
+            "{median:+.0f}".format(**entry["step_us"]),
+            "{low:+.0f} to {high:+.0f}".format(**entry["step_us"]),
+            f"at least {entry['at_least']:g}" if entry["at_least"] else "none",
+            entry.get("judgement", ""),
+        ]
+        for entry in summary["comparisons"]
+    ]
+    tokens = ", ".join(f"{count} tokens at {streams}" for streams, count in plan.tokens_by_streams.items())
+    return "\n".join(
+        (
+            f"{plan.rounds} rounds; each measures every server once, in shuffled order, {tokens} streams. "
+            f"Medians. The idle servers used at most {worst_others_percent:.1f} % of one core during a measurement.",
+            "",
+            results.table(("server", "streams", "tokens/s", "µs per step"), speeds),
+            "",
+            "Ratios of speed and differences per step, taken within each round; intervals are 95 %.",
+            "",
+            results.table(
+                ("pair", "streams", "ratio", "interval", "µs per step", "interval", "target", "judgement"),
+                comparisons,
+            ),
+        )
+    )
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Four running servers and the samples taken so far."""
+
+    def __init__(self, servers: Servers, plan: Plan) -> None:
+        self.samples: list[Sample] = []
+        self._plan = plan
+        self._prompts = shipped_prompts()
+        self._answers: set[tuple[int, ...]] = set()
+        self._servers: dict[str, ServerProcess] = {}
+        for variant in VARIANTS:
+            say(f"starting {variant.title}")
+            self._servers[variant.letter] = servers.start(variant, *FLAGS)
+            _check_collectives(servers, variant, self._servers[variant.letter])
+
+    @property
+    def answers_identical(self) -> bool:
+        """Whether all servers said the same in all rounds, one stream at a time."""
+        return len(self._answers) == 1
+
+    def run(self) -> None:
+        """All rounds."""
+        rng = random.Random(self._plan.seed)
+        for number in range(self._plan.rounds):
+            order = rng.sample(VARIANTS, k=len(VARIANTS))
+            for place, variant in enumerate(order):
+                self._measure(variant, round_number=number, place=place)
+            say(f"round {number + 1} of {self._plan.rounds}: " + ", ".join(self._of_round(number)))
+
+    def _of_round(self, number: int) -> list[str]:
+        return [f"{s.variant}{s.streams} {s.tokens_per_s:.0f}/s" for s in self.samples if s.round == number]
+
+    def _measure(self, variant: Variant, *, round_number: int, place: int) -> None:
+        """A warm-up that is thrown away, then one measurement for each number of streams."""
+        self._wait_quiet()
+        salt = f"overhead-{round_number}"
+        self._stream(variant, streams=1, max_tokens=WARM_UP_TOKENS, salt=f"{salt}-warm-up")
+        for streams in STREAMS:
+            max_tokens = self._plan.tokens_by_streams[streams]
+            others_before_s, began_s = self._others_cpu_s(variant), monotonic_s()
+            rate = self._stream(variant, streams=streams, max_tokens=max_tokens, salt=f"{salt}-{streams}")
+            others_s = self._others_cpu_s(variant) - others_before_s
+            self.samples.append(
+                Sample(
+                    round=round_number,
+                    place=place,
+                    variant=variant.letter,
+                    streams=streams,
+                    tokens_per_s=rate.tokens_per_s,
+                    step_us=rate.step_us,
+                    others_cpu_percent=100 * others_s / (monotonic_s() - began_s),
+                )
+            )
+
+    def _stream(self, variant: Variant, *, streams: int, max_tokens: int, salt: str) -> Rate:
+        answers = run_streams(
+            self._servers[variant.letter].base_url,
+            prompts=[self._prompts[index % len(self._prompts)] for index in range(streams)],
+            max_tokens=max_tokens,
+            model=MODEL_NAME,
+            cache_salt=salt,
+        )
+        if streams == 1 and max_tokens == self._plan.tokens_by_streams[1]:
+            self._answers.add(answers[0].token_ids)
+        return rate_of(answers)
+
+    def _others_cpu_s(self, variant: Variant) -> float:
+        return sum(cpu_s(server) for letter, server in self._servers.items() if letter != variant.letter)
+
+    def _wait_quiet(self) -> None:
+        """Until no server uses the CPU: readers of vLLM's message ring spin for a second after a read."""
+        deadline_s = monotonic_s() + QUIET_TIMEOUT_S
+        while monotonic_s() < deadline_s:
+            before_s = sum(map(cpu_s, self._servers.values()))
+            sleep_s(QUIET_S)
+            if sum(map(cpu_s, self._servers.values())) - before_s <= QUIET_CPU_S:
+                return
+        say("  the servers do not come to rest; see others_cpu_percent in the results")
+
+
+def _check_collectives(servers: Servers, variant: Variant, server: ServerProcess) -> None:
+    found = servers.collectives(server)
+    if found is not variant.collectives:
+        raise CheckFailed(
+            f"{variant.title} uses {found.value} instead of {variant.collectives.value}: "
+            "the pairs would not compare the same collectives"
+        )
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Plan, str, Path]:
+    """The plan, the name and the directory of the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds: shows that it works, resolves nothing")
+    parser.add_argument("--rounds", type=int, help="default 7; 3 with --quick")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of the single stream (default 200)")
+    parser.add_argument("--tokens-each", type=int, default=120, help="tokens of each of 8 streams (default 120)")
+    parser.add_argument("--seed", type=int, default=1, help="of the order in the rounds and of the bootstrap")
+    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
+    arguments = parser.parse_args(argv)
+    plan = Plan(
+        rounds=arguments.rounds or (3 if arguments.quick else 7),
+        tokens_by_streams={1: arguments.tokens, 8: arguments.tokens_each},
+        seed=arguments.seed,
+    )
+    return plan, "overhead-quick" if arguments.quick else "overhead", arguments.out
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0, or 1 if the servers did not all say the same."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    plan, name, directory = parse_arguments(argv)
+    about, began_s = results.facts(), monotonic_s()
+    with Servers() as servers:
+        bench = Bench(servers, plan)
+        bench.run()
+    summary = summarise(bench.samples, seed=plan.seed)
+    worst = max(sample.others_cpu_percent for sample in bench.samples)
+    text = markdown(summary, plan=plan, worst_others_percent=worst)
+    document = {
+        "plan": asdict(plan),
+        "wall_s": round(monotonic_s() - began_s, 1),
+        "answers_identical": bench.answers_identical,
+        **summary,
+        "samples": [asdict(sample) for sample in bench.samples],
+    }
+    for path in results.write(name, about=about, document=document, markdown=text, directory=directory):
+        say(f"written: {path}")
+    print(text)
+    if not bench.answers_identical:
+        say("ERROR: the servers did not all give the same answer to the same request")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except GhostserveError as error:
+        say(f"bench/overhead.py: {error}")
+        sys.exit(error.exit_code)
