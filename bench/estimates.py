@@ -64,9 +64,7 @@ class Spread:
     count: int
 
 
-def estimate_median(
-    values: Sequence[float], *, rng: random.Random, resamples: int = RESAMPLES
-) -> Estimate:
+def estimate_median(values: Sequence[float], *, rng: random.Random, resamples: int = RESAMPLES) -> Estimate:
     """The median and its percentile-bootstrap interval. Raises ValueError without values."""
     if not values:
         raise ValueError("no values")
@@ -103,10 +101,10 @@ def spread_of(values: Sequence[float]) -> Spread:
 def judge_ratio(estimate: Estimate, *, at_least: float) -> Decision:
     """Whether a ratio of speeds is at least `at_least`, a little below 1.
 
-             target      1      its opposite
-        ──────┼──────────┼──────────┼──────▶ ratio
-        └───┘ missed     └────┘ met            met only if the interval is no wider than from the target
-           └────┘ not resolved                 to its opposite: a wider one would have held either
+         target      1      its opposite
+    ──────┼──────────┼──────────┼──────▶ ratio
+    └───┘ missed     └────┘ met            met only if the interval is no wider than from the target
+       └────┘ not resolved                 to its opposite: a wider one would have held either
     """
     assert 0 < at_least < 1
     if estimate.count < VALUES_MIN:

@@ -1,11 +1,11 @@
 """What protection costs while nothing fails: four servers, one after the other, round by round.
 
-    a  ghostserve serve                        gloo              a / c  what we cost         at least 0.95
-    b  ghostserve serve --protection none      shared memory     b / d  what off costs       at least 0.99
-    c  stock vLLM, gloo                        gloo              a / d  to vLLM as it comes  (no target)
-    d  stock vLLM                              shared memory
+a  ghostserve serve                        gloo              a / c  what we cost         at least 0.95
+b  ghostserve serve --protection none      shared memory     b / d  what off costs       at least 0.99
+c  stock vLLM, gloo                        gloo              a / d  to vLLM as it comes  (no target)
+d  stock vLLM                              shared memory
 
-    .venv/bin/python bench/overhead.py [--quick] [--rounds N]
+.venv/bin/python bench/overhead.py [--quick] [--rounds N]
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from typing import Any
 
 import results
 from estimates import Estimate, estimate_median, judge_ratio
-from servers import MODEL_NAME, OURS_OFF, OURS_ON, STOCK, STOCK_GLOO, Servers, Variant, cpu_s, say, shipped_prompts
+from servers import (
+    MODEL_NAME,
+    OURS_OFF,
+    OURS_ON,
+    STOCK,
+    STOCK_GLOO,
+    Servers,
+    Variant,
+    cpu_s,
+    say,
+    shipped_prompts,
+)
 from streams import Rate, rate_of, run_streams
 
 from ghostserve.clock import monotonic_s, sleep_s
@@ -112,7 +123,12 @@ def summarise(samples: Sequence[Sample], *, seed: int) -> dict[str, Any]:
             )
         for pair in PAIRS:
             ratio, difference = compare(samples, pair, streams=streams, rng=rng)
-            entry = {"streams": streams, **asdict(pair), "ratio": asdict(ratio), "step_us": asdict(difference)}
+            entry = {
+                "streams": streams,
+                **asdict(pair),
+                "ratio": asdict(ratio),
+                "step_us": asdict(difference),
+            }
             if pair.at_least is not None:
                 decision = judge_ratio(ratio, at_least=pair.at_least)
                 entry |= {"judgement": decision.choice.value, "reason": decision.reason}
@@ -256,11 +272,17 @@ def _check_collectives(servers: Servers, variant: Variant, server: ServerProcess
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Plan, str, Path]:
     """The plan, the name and the directory of the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds: shows that it works, resolves nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds: shows that it works, resolves nothing"
+    )
     parser.add_argument("--rounds", type=int, help="default 7; 3 with --quick")
     parser.add_argument("--tokens", type=int, default=200, help="tokens of the single stream (default 200)")
-    parser.add_argument("--tokens-each", type=int, default=120, help="tokens of each of 8 streams (default 120)")
+    parser.add_argument(
+        "--tokens-each", type=int, default=120, help="tokens of each of 8 streams (default 120)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the order in the rounds and of the bootstrap")
     parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)

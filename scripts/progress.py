@@ -44,7 +44,11 @@ def run(
     start = seen = time.monotonic()
     newest, rest = "", b""
     child = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
         close_fds=False,
     )
     assert child.stdout is not None

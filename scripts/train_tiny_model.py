@@ -120,8 +120,9 @@ def chats_of(path: str, source: str) -> list[tuple[str, str]]:
             chats.append((name, whole_paragraphs or doc[:ANSWER_CHARS_MAX]))
         if isinstance(node, ast.Module | ast.ClassDef):
             for child in node.body:
-                is_named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-                if is_named and not child.name.startswith("_"):
+                if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    continue
+                if not child.name.startswith("_"):
                     visit(child, f"{name}.{child.name}")
 
     visit(ast.parse(source), module)
@@ -207,7 +208,7 @@ class Muon:
 def orthogonalised(update: Tensor, iterations: int = 5) -> Tensor:
     """``update`` [rows, columns] with all singular values pushed to about 1 (Newton-Schulz, quintic)."""
     tall = update.shape[0] > update.shape[1]
-    x = update.T if tall else update
+    x: Tensor = update.T if tall else update
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.T
@@ -246,7 +247,9 @@ def rate_factor(step: int, steps: int) -> float:
 def held_out_loss(model: LlamaForCausalLM, ids: Tensor) -> float:
     """Mean cross entropy, nats per token, over windows of 512 tokens that do not overlap."""
     windows = ids[: len(ids) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS)
-    losses = [model(input_ids=row, labels=row, use_cache=False).loss.item() for row in windows.split(4)]
+    losses: list[float] = [
+        model(input_ids=row, labels=row, use_cache=False).loss.item() for row in windows.split(4)
+    ]
     weights = [len(row) for row in windows.split(4)]
     return sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
 
@@ -340,7 +343,7 @@ def main() -> None:
 
     model = new_model()
     measured = train(model, windows, held_out_ids, args.steps)
-    model.to(torch.bfloat16).to(torch.float32)  # type: ignore[arg-type]
+    model.to(torch.bfloat16).to(torch.float32)
     as_stored = held_out_loss(model, held_out_ids)
     log = {
         "corpus": {

@@ -45,7 +45,9 @@ def descendants(root: int) -> dict[int, str]:
             continue
         try:
             state, parent = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:2]
-            command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            command = (
+                Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            )
         except OSError:
             continue
         parents[int(entry)] = int(parent)
@@ -68,7 +70,9 @@ def reap(statuses: dict[int, int]) -> None:
             return
         if pid == 0:
             return
-        statuses[pid] = os.waitstatus_to_exitcode(status) if hasattr(os, "waitstatus_to_exitcode") else status >> 8
+        statuses[pid] = (
+            os.waitstatus_to_exitcode(status) if hasattr(os, "waitstatus_to_exitcode") else status >> 8
+        )
 
 
 def wait_until_alone(limit_s: float, statuses: dict[int, int]) -> bool:
@@ -84,7 +88,9 @@ def wait_until_alone(limit_s: float, statuses: dict[int, int]) -> bool:
         time.sleep(0.1)
 
 
-def stop_all(statuses: dict[int, int], *, grace_s: float, signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
+def stop_all(
+    statuses: dict[int, int], *, grace_s: float, signals: tuple[signal.Signals, ...] = SIGNALS
+) -> None:
     """End everything below this process, politely first; each signal has `grace_s` to work."""
     for number in signals:
         for pid in descendants(os.getpid()):
@@ -96,7 +102,9 @@ def stop_all(statuses: dict[int, int], *, grace_s: float, signals: tuple[signal.
 
 def show_logs(patterns: list[str]) -> None:
     """The ends of the newest log files, oldest first."""
-    files = {name for pattern in patterns for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)}
+    files = {
+        name for pattern in patterns for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)
+    }
     for name in sorted(files, key=os.path.getmtime)[-LOG_FILES:]:
         say(f"the end of {name}")
         lines = Path(name).read_text(errors="replace").splitlines()[-LOG_LINES:]
@@ -143,8 +151,12 @@ def main(argv: list[str]) -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="watchdog", description="Run a command with a time limit.")
     parser.add_argument("--minutes", type=float, default=45.0)
-    parser.add_argument("--grace-s", type=float, default=20.0, help="seconds for each of SIGINT, SIGTERM, SIGKILL to work")
-    parser.add_argument("--logs", action="append", default=[], metavar="GLOB", help="log files to show on failure")
+    parser.add_argument(
+        "--grace-s", type=float, default=20.0, help="seconds for each of SIGINT, SIGTERM, SIGKILL to work"
+    )
+    parser.add_argument(
+        "--logs", action="append", default=[], metavar="GLOB", help="log files to show on failure"
+    )
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(argv)
     return run(options.command, limit_s=options.minutes * 60, grace_s=options.grace_s, logs=options.logs)

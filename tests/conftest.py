@@ -28,7 +28,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast, then real, then slow; within each as collected, so that tests sharing a server stay together."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, item.get_closest_marker("real") is not None))
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("slow") is not None,
+            item.get_closest_marker("real") is not None,
+        )
+    )
 
 
 @contextlib.contextmanager

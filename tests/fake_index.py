@@ -126,5 +126,11 @@ def run_install(
     python = getattr(sys, "_base_executable", sys.executable)
     argv = [python, "-c", start, script, *arguments]
     return subprocess.run(
-        argv, env=env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240
+        argv,
+        env=env,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=240,
     )

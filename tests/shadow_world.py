@@ -51,7 +51,9 @@ class World:
         size = max(self.block_sizes)
         self.kv = [[bytearray(size) for _ in range(self.blocks)] for _ in range(self.ranks)]
         self.arena = [bytearray(size) for _ in range(self.frames)]
-        self.progress: list[dict[int, dict[int, int]]] = [{} for _ in range(self.ranks)]  # frame -> slots -> crc
+        self.progress: list[dict[int, dict[int, int]]] = [
+            {} for _ in range(self.ranks)
+        ]  # frame -> slots -> crc
         self.committed: dict[int, list[bytes]] = {}  # block -> per rank, what accepted steps wrote
         self.jobs: list[Job] = []
         self.wipes: list[tuple[int, ...]] = []
@@ -224,7 +226,9 @@ class World:
                     log = self.restorable(block, rank, frozenset(lost))
                     if log is not None:
                         prefix = log[: len(should[rank])]
-                        assert prefix == should[rank], f"block {block}, rank {rank}: {prefix!r}, not {should[rank]!r}"
+                        assert prefix == should[rank], (
+                            f"block {block}, rank {rank}: {prefix!r}, not {should[rank]!r}"
+                        )
 
     def lose(self, rank: int) -> None:
         """A rank's KV is gone, a newcomer takes over: what cannot be rebuilt is forgotten everywhere."""

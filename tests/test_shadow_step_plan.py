@@ -137,9 +137,7 @@ def test_blocks_outside_a_sliding_window_are_not_written() -> None:
 
 
 def test_copied_and_zeroed_blocks_changed_as_a_whole(tables: BlockTables) -> None:
-    found = tables.apply(
-        step(new("a", [1, 2, 3], computed=6, scheduled=4), copied=(2,), zeroed=(3, 99))
-    )
+    found = tables.apply(step(new("a", [1, 2, 3], computed=6, scheduled=4), copied=(2,), zeroed=(3, 99)))
     assert found == [
         Write(block=2, group=0, start=2, stop=4, whole=True),
         Write(block=3, group=0, start=0, stop=2, whole=True),

@@ -159,6 +159,7 @@ def test_training_log_is_complete(log: dict[str, Any], model: LlamaForCausalLM) 
 
 def test_model_card_quotes_the_log(log: dict[str, Any]) -> None:
     card = (TINY / "README.md").read_text(encoding="utf-8")
-    assert f"{log['held_out_loss_as_stored']:.2f}" in card
+    assert f"{log['held_out_loss_as_stored']:.2f} nats" in card
+    assert f"{log['final_loss']:.2f} nats" in card
     assert log["corpus"]["sha256"] in card
     assert "Python Software Foundation" in card

@@ -1,5 +1,4 @@
-"""Who may use the routes: strangers over the network, web sites in the operator's browser, holders of keys.
-"""
+"""Who may use the routes: strangers over the network, web sites in a browser, holders of keys."""
 
 from __future__ import annotations
 

@@ -53,13 +53,19 @@ class GhostConfig:
         type=parse_bytes,
         metavar="BYTES",
     )
-    encode_backlog: int = _option(8, "KV blocks that may wait for the keeper in the steady state", metavar="BLOCKS")
+    encode_backlog: int = _option(
+        8, "KV blocks that may wait for the keeper in the steady state", metavar="BLOCKS"
+    )
     recovery_attempts: int = _option(3, "attempts to replace a rank before the server gives up", metavar="N")
-    leave_timeout: float = _option(10.0, "bound for survivors to leave a broken collective", metavar="SECONDS")
+    leave_timeout: float = _option(
+        10.0, "bound for survivors to leave a broken collective", metavar="SECONDS"
+    )
     start_timeout: float = _option(
         120.0, "bound for a replacement to start, regroup and load its weights", metavar="SECONDS"
     )
-    restore_timeout: float = _option(120.0, "bound for request state and KV to be restored", metavar="SECONDS")
+    restore_timeout: float = _option(
+        120.0, "bound for request state and KV to be restored", metavar="SECONDS"
+    )
     enable_fault_injection: bool = _option(
         False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
     )

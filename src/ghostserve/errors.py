@@ -1,15 +1,15 @@
 """Every exception of ours, in one tree; the names say whose fault it is.
 
-    GhostserveError
-    ├── UsageError            the caller asked for something that cannot be        (exit 2)
-    │   └── UnsupportedError  this platform, version or model is not handled yet   (exit 2)
-    ├── CheckFailed           a check that the user asked for did not hold         (exit 1)
-    ├── StartError            the server could not be started                      (exit 3)
-    ├── EngineLost            the engine is gone and could not be brought back     (exit 4)
-    ├── ProtocolError         a peer sent what the protocol does not allow
-    │   └── StaleEpoch        a message from someone already given up
-    ├── CorruptionError       bytes differ from their checksum
-    └── BudgetExceeded        the arena has no room; the caller leaves the block unprotected
+GhostserveError
+├── UsageError            the caller asked for something that cannot be        (exit 2)
+│   └── UnsupportedError  this platform, version or model is not handled yet   (exit 2)
+├── CheckFailed           a check that the user asked for did not hold         (exit 1)
+├── StartError            the server could not be started                      (exit 3)
+├── EngineLost            the engine is gone and could not be brought back     (exit 4)
+├── ProtocolError         a peer sent what the protocol does not allow
+│   └── StaleEpoch        a message from someone already given up
+├── CorruptionError       bytes differ from their checksum
+└── BudgetExceeded        the arena has no room; the caller leaves the block unprotected
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from real import kit
 
 SERVERS_MAX = 8
@@ -23,7 +24,7 @@ def _serving(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -
         yield served
     finally:
         served.server.stop()
-        if not served.server.poll() == 0:
+        if served.server.poll() != 0:
             print(served.server.log_tail(lines=80))
 
 

@@ -35,7 +35,7 @@ _salts = itertools.count()
 class Ask:
     """One request, hashable so that its reference can be kept."""
 
-    prompt: str = PROMPTS["for-name"]
+    prompt: str = PROMPTS["json-dump"]
     max_tokens: int = 120
     temperature: float = 0.0
     seed: int | None = None
@@ -54,8 +54,8 @@ class Ask:
 
 SEEDED = Ask(temperature=0.8, seed=7)
 SEEDED_PAIR = Ask(temperature=0.8, seed=11, n=2, max_tokens=90)
-LONG_PROMPT = Ask(prompt=(PROMPTS["for-name"] + "\n") * 110, max_tokens=40)
-LONG_SEEDED = Ask(prompt=(PROMPTS["for-name"] + "\n") * 110, max_tokens=40, temperature=0.8, seed=5)
+LONG_PROMPT = Ask(prompt=(PROMPTS["json-dump"] + "\n") * 35, max_tokens=40)
+LONG_SEEDED = Ask(prompt=(PROMPTS["json-dump"] + "\n") * 35, max_tokens=40, temperature=0.8, seed=5)
 
 
 @dataclass(slots=True)
@@ -67,7 +67,9 @@ class Served:
 
     # -- requests --------------------------------------------------------------------------------------
 
-    def run(self, ask: Ask, *, on_token: Any = None, salt: str | None = None, timeout_s: float = 90.0) -> StreamResult:
+    def run(
+        self, ask: Ask, *, on_token: Any = None, salt: str | None = None, timeout_s: float = 90.0
+    ) -> StreamResult:
         return stream_completion(
             self.server.base_url,
             model="tiny",
@@ -77,7 +79,9 @@ class Served:
             **ask.body,
         )
 
-    def run_together(self, asks: Sequence[Ask], *, during: Callable[[Callable[[], int]], None] | None = None) -> list[StreamResult]:
+    def run_together(
+        self, asks: Sequence[Ask], *, during: Callable[[Callable[[], int]], None] | None = None
+    ) -> list[StreamResult]:
         """All requests queued before the first step, so that the batch is the same each time.
 
         `during(tokens)` runs in the caller's thread while they stream; `tokens()` counts what arrived so far.
@@ -125,7 +129,9 @@ class Served:
     def wait_for_open(self, requests: int) -> None:
         """Until the scheduler knows so many requests."""
         self.server.wait_status(
-            lambda status: status["counters"]["requests_open"] >= requests, timeout_s=15, what="queued requests"
+            lambda status: status["counters"]["requests_open"] >= requests,
+            timeout_s=15,
+            what="queued requests",
         )
 
     def rpc(self, method: str) -> list[Any]:
@@ -143,9 +149,11 @@ class Served:
     def settle(self) -> dict[str, Any]:
         """Serving, everything sealed is coded, nothing runs."""
         return self.server.wait_status(
-            lambda status: status["state"] == "serving"
-            and status["shadow"]["backlog_blocks"] == 0
-            and all(rank["state"] == "alive" for rank in status["ranks"]),
+            lambda status: (
+                status["state"] == "serving"
+                and status["shadow"]["backlog_blocks"] == 0
+                and all(rank["state"] == "alive" for rank in status["ranks"])
+            ),
             timeout_s=20,
             what="serving with everything coded",
         )
@@ -168,7 +176,9 @@ def fresh_salt() -> str:
     return f"salt-{next(_salts)}"
 
 
-def serve(tmp_path: Path, name: str, *flags: str, model: Path = TINY, env: dict[str, str] | None = None) -> Served:
+def serve(
+    tmp_path: Path, name: str, *flags: str, model: Path = TINY, env: dict[str, str] | None = None
+) -> Served:
     """Start a server of ours for one configuration and wait for it."""
     command = ghostserve_command(
         model,

@@ -8,11 +8,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from real import families, kit
-from real.kit import LONG_PROMPT, PROMPTS, SEEDED, Ask, Served, assert_rebuilt, assert_same
 
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import leftovers
+from real import families, kit
+from real.kit import LONG_PROMPT, PROMPTS, SEEDED, Ask, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -42,7 +42,12 @@ def lose_both_in_turn(served: Served, asks: list[Ask]) -> None:
 
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled mode needs a C++ compiler")
-FOUR = [Ask(max_tokens=110), Ask(prompt=PROMPTS["walk"], max_tokens=90), SEEDED, Ask(max_tokens=100, temperature=0.9, seed=4)]
+FOUR = [
+    Ask(max_tokens=110),
+    Ask(prompt=PROMPTS["walk"], max_tokens=90),
+    SEEDED,
+    Ask(max_tokens=100, temperature=0.9, seed=4),
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,11 @@ def test_bfloat16(bfloat16: Served) -> None:
 
 def test_twenty_pairs_without_a_failure_are_the_same(bfloat16: Served) -> None:
     """What the oracle rests on: with the batch held equal, failure-free runs agree, in bfloat16 too."""
-    asks = [Ask(max_tokens=16), Ask(max_tokens=16, temperature=0.8, seed=3), Ask(prompt=PROMPTS["walk"], max_tokens=16)]
+    asks = [
+        Ask(max_tokens=16),
+        Ask(max_tokens=16, temperature=0.8, seed=3),
+        Ask(prompt=PROMPTS["walk"], max_tokens=16),
+    ]
     first = bfloat16.run_together(asks)
     for _ in range(20):
         for reference, result in zip(first, bfloat16.run_together(asks), strict=True):
@@ -105,7 +114,7 @@ def test_family(tmp_path_factory: pytest.TempPathFactory, family: str, flags: tu
     env = {} if "--enforce-eager" in flags else {"TORCHDYNAMO_DISABLE": "0"}
     for served in serving(tmp_path_factory, family, "--dtype", "float32", *flags, model=family, env=env):
         lose_both_in_turn(served, FOUR)
-        long = Ask(prompt=PROMPTS["for-name"] * 20, max_tokens=30)
+        long = Ask(prompt=PROMPTS["json-dump"] * 5, max_tokens=30)
         reference, salt, before = served.reference(long), kit.fresh_salt(), served.recoveries()
         assert_same(reference, served.run(long, salt=salt))
         served.settle()

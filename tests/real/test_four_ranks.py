@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from real import kit
 from real.kit import SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
 
@@ -14,7 +15,13 @@ pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(400)]
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = kit.serve(
-        tmp_path_factory.mktemp("four"), "four", "--tensor-parallel-size", "4", "--dtype", "float32", "--enforce-eager"
+        tmp_path_factory.mktemp("four"),
+        "four",
+        "--tensor-parallel-size",
+        "4",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
     )
     try:
         yield served

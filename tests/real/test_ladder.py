@@ -6,9 +6,9 @@ import os
 import signal
 
 import pytest
-from real.kit import LONG_SEEDED, SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
 
 from ghostserve.testing.oracle import compare_choices
+from real.kit import LONG_SEEDED, SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 
@@ -23,7 +23,14 @@ def _healthy(served: Served):
     served.settle()
     yield
     served.server.admin.disarm_faults()
-    for name in ("skip_restore", "debug_copy", "force_recompute", "skip_rng_restore", "skip_checksum", "stock_generators"):
+    for name in (
+        "skip_restore",
+        "debug_copy",
+        "force_recompute",
+        "skip_rng_restore",
+        "skip_checksum",
+        "stock_generators",
+    ):
         served.server.set_switch(name, False)
     served.settle()
 
@@ -117,8 +124,9 @@ def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
 
     result = served.run(Ask(temperature=0.8, max_tokens=170), on_token=both)
     assert result.error is None
-    (rank0, rank1), = found
-    assert rank0.keys() == rank1.keys() and rank0
+    ((rank0, rank1),) = found
+    assert rank0.keys() == rank1.keys()
+    assert rank0
     assert (rank0 == rank1) is with_copy
 
 
@@ -216,4 +224,3 @@ def test_the_memory_bound_holds_after_the_last_token(served: Served) -> None:
     assert shadow["parity_bytes"] + shadow["mirror_bytes"] <= shadow["bound_bytes"]
     assert shadow["parity_bytes"] > 0
     assert shadow["unprotected_blocks"] == 0
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 
 import pytest
+
+from ghostserve.testing.client import StopStreaming
 from real.kit import (
     LONG_PROMPT,
     LONG_SEEDED,
@@ -18,8 +20,6 @@ from real.kit import (
     assert_same,
     fresh_salt,
 )
-
-from ghostserve.testing.client import StopStreaming
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 RANKS = [0, 1]
@@ -54,7 +54,9 @@ def test_kill_before_anything_is_sealed(float32: Served) -> None:
     ask = Ask(max_tokens=20)
     reference, before = float32.reference(ask), float32.recoveries()
     float32.post("/reset_prefix_cache")
-    float32.server.wait_status(lambda s: s["shadow"]["coded_blocks"] == 0, timeout_s=5, what="an empty shadow")
+    float32.server.wait_status(
+        lambda s: s["shadow"]["coded_blocks"] == 0, timeout_s=5, what="an empty shadow"
+    )
     float32.arm(point="staged", rank=1, action="kill", skip=8)
     assert_same(reference, float32.run(ask))
     report = float32.recovery(after=before)
@@ -88,7 +90,7 @@ def test_mirrors_of_coded_blocks_are_freed(float32: Served) -> None:
 @pytest.mark.parametrize("rank", RANKS)
 def test_kill_while_idle(float32: Served, rank: int) -> None:
     """The next request is right, and so are its hits in the prefix cache."""
-    ask, salt, before = Ask(prompt=PROMPTS["for-name"] * 12), fresh_salt(), float32.recoveries()
+    ask, salt, before = Ask(prompt=PROMPTS["json-dump"] * 4), fresh_salt(), float32.recoveries()
     reference = float32.reference(ask)
     assert_same(reference, float32.run(ask, salt=salt))  # fills the cache
     float32.settle()
@@ -150,7 +152,8 @@ def test_two_losses_in_one_stream(float32: Served, ranks: tuple[int, int]) -> No
         second(*arguments)
 
     faulted = float32.run(ask, on_token=both)
-    assert first.done and second.done
+    assert first.done
+    assert second.done
     assert_same(reference, faulted)
     assert float32.recoveries() == before + 2
     for report in float32.server.status()["recoveries"][-2:]:
@@ -190,7 +193,7 @@ def test_burst_of_arrivals_and_aborts(float32: Served) -> None:
         for thread in late:
             thread.start()
 
-    gone = threading.Thread(target=lambda: float32.run(Ask(max_tokens=400), on_token=Hurt(60, lambda: leave())))
+    gone = threading.Thread(target=lambda: float32.run(Ask(max_tokens=400), on_token=Hurt(60, leave)))
     gone.start()
     faulted = float32.run(asks[0], on_token=Hurt(20, kill_and_arrive))
     for thread in [*late, gone]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from real import families, kit
 from real.kit import TINY, Ask, Hurt
 
@@ -74,7 +75,14 @@ def test_a_loss_that_cannot_be_repaired(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
     served = kit.serve(
-        tmp_path, "unrepairable", "--dtype", "float32", "--enforce-eager", "--recovery-attempts", "2", model=model
+        tmp_path,
+        "unrepairable",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--recovery-attempts",
+        "2",
+        model=model,
     )
     server = served.server
     try:

@@ -44,7 +44,6 @@ class Switch(IntEnum):
 
     SKIP_RESTORE = 0  # a newcomer's KV stays empty: the negative control
     DEBUG_COPY = auto()  # every rank keeps a copy of its KV in the debug segment, to compare with
-    PAUSE_SCHEDULING = auto()  # requests queue up and no step is planned
     FORCE_RECOMPUTE = auto()  # a loss is answered by rung 3 even where it could be rebuilt
     SKIP_RNG_RESTORE = auto()  # a newcomer's random-number states stay as they are
     SKIP_CHECKSUM = auto()  # what is restored is not checked
@@ -56,10 +55,8 @@ class Mark(IntEnum):
 
     PROCESS_STARTED = 0
     IMPORTS_DONE = auto()
-    DEVICE_READY = auto()
     GROUPS_READY = auto()
     WEIGHTS_LOADED = auto()
-    QUEUES_READY = auto()
     KV_READY = auto()
 
 
@@ -72,7 +69,6 @@ class StampStatus(IntEnum):
     DONE = auto()  # it finished the step: its share of the acceptance
     FAILED = auto()  # the step raised there; it refuses further steps until it was re-formed
     PEER_LEFT = auto()  # the step failed there because a peer had left the collective; else as FAILED
-    REFUSED = auto()  # it did not run the step: another epoch, or a step failed there before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

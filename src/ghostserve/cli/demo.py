@@ -30,7 +30,7 @@ from ghostserve.errors import UsageError
 from ghostserve.testing.server import ServerProcess, ghostserve_command
 
 KV_CACHE_BYTES = 64 << 20
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 300.0
 EXIT_CHECK_FAILED = 1
 LOG_PREFIX = re.compile(r"^(\([^)]*\) )?([A-Z]+ [\d-]+ [\d:]+ (\[[^\]]*\] )?)?")
 

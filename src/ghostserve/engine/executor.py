@@ -93,7 +93,7 @@ class GhostExecutor(MultiprocExecutor):
         refuse_unsupported(self.vllm_config)
         self._finalizer = weakref.finalize(self, self.shutdown)
         self.is_failed = False
-        self.failure_callback = None
+        self.failure_callback: Any = None
         self._get_parallel_sizes()
         self.settings = Settings.from_environment()
         self.leftovers = Leftovers()
@@ -151,7 +151,7 @@ class GhostExecutor(MultiprocExecutor):
             self._ensure_worker_termination([handle.proc for handle in unready])
             raise
         self.note_segments()
-        self.futures_queue = deque()
+        self.futures_queue: deque[Any] = deque()
         self.output_rank = self._get_output_rank()
 
     def _prepare_fork_server(self) -> None:
@@ -272,7 +272,7 @@ class GhostExecutor(MultiprocExecutor):
                     if outcome is Outcome.STEP_FAILED:
                         self.session.guard.withdraw(step.pieces)
                         self.open_step = None
-                        return _failed(step.scheduler_output)
+                        return FailedStep.of(step.scheduler_output)
                     send_again = True
 
     def _run_stage(self, step: OpenStep, *, send_again: bool) -> Any:
@@ -336,7 +336,7 @@ class GhostExecutor(MultiprocExecutor):
 
     # -- other calls -----------------------------------------------------------------------------------
 
-    def collective_rpc(  # type: ignore[override]
+    def collective_rpc(
         self,
         method: Any,
         timeout: float | None = None,
@@ -362,7 +362,12 @@ class GhostExecutor(MultiprocExecutor):
         return future
 
     def _call(
-        self, method: Any, timeout: float | None, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int | None
+        self,
+        method: Any,
+        timeout: float | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rank: int | None,
     ) -> Any:
         assert self.rpc_broadcast_mq is not None
         name = method if isinstance(method, str) else cloudpickle.dumps(method)
@@ -387,15 +392,3 @@ class GhostExecutor(MultiprocExecutor):
         callback, self.failure_callback = self.failure_callback, None
         if callback is not None:
             callback()
-
-
-def _failed(scheduler_output: Any) -> FailedStep:
-    """Stands for the step's output; the scheduler ends its requests with an error."""
-    names = list(scheduler_output.num_scheduled_tokens)
-    return FailedStep(
-        req_ids=names,
-        req_id_to_index={name: index for index, name in enumerate(names)},
-        sampled_token_ids=[[] for _ in names],
-    )
-
-

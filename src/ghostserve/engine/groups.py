@@ -40,9 +40,7 @@ def leave_groups() -> None:
     parallel_state._group_name_counter.clear()
 
 
-def form_groups(
-    vllm_config: Any, *, rank: int, local_rank: int, init_method: str, timeout_s: float
-) -> None:
+def form_groups(vllm_config: Any, *, rank: int, local_rank: int, init_method: str, timeout_s: float) -> None:
     """Rendezvous with the other ranks at `init_method`; all of them must call this within `timeout_s`.
 
     The time-out bounds the rendezvous only: afterwards collectives get back the configured one.

@@ -18,10 +18,18 @@ from ghostserve.arena.control import ControlPage, Counter
 from ghostserve.arena.frames import FramePool
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.staging import StagingArea
+from ghostserve.engine.budget import (
+    JOBS_IN_FLIGHT_MAX,
+    STAGING_RING,
+    GuardLimits,
+    MemoryBound,
+    count_frames,
+    reserve_frames,
+)
 from ghostserve.engine.messages import ArenaGeometry, RankLayout
 from ghostserve.engine.request_state import increment_of
 from ghostserve.engine.staging_keys import ack_key, random_key
-from ghostserve.errors import CorruptionError, UsageError
+from ghostserve.errors import CorruptionError
 from ghostserve.shadow.keeper_client import KeeperClient
 from ghostserve.shadow.keeper_messages import (
     WIPE_FRAMES_MAX,
@@ -35,37 +43,6 @@ from ghostserve.shadow.manifest import BlockState, Manifest, Piece
 from ghostserve.shadow.step_plan import BlockTables
 
 logger = logging.getLogger(__name__)
-
-STAGING_RING = 8  # two records per step: four steps
-GENERATOR_BYTES = 5200  # a CPU generator's state and its request id, with room
-JOBS_IN_FLIGHT_MAX = 8
-REBUILD_BLOCKS = 16  # decoded at a time
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuardLimits:
-    """What the arena is sized by. `host_memory_bytes` bounds everything; None: the default share."""
-
-    parity_shards: int
-    compact: bool
-    host_memory_bytes: int
-    max_requests: int
-    max_batched_tokens: int
-    backlog_blocks: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryBound:
-    """parity + mirror bytes <= m*S*B + n*(T+K)*B, as it stands now."""
-
-    sealed_live_blocks: int
-    tail_blocks: int
-    bound_bytes: int
-    used_bytes: int
-
-    @property
-    def holds(self) -> bool:
-        return self.used_bytes <= self.bound_bytes
 
 
 @dataclass(slots=True)
@@ -89,11 +66,6 @@ class Guard:
     _wipes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _held: list[Answer] | None = None
 
-    @property
-    def reserve_frames(self) -> int:
-        """Frames behind the manifest's, for survivors' exports during a rebuild: always there when needed."""
-        return REBUILD_BLOCKS * (self.ranks - 1)
-
     # -- start -----------------------------------------------------------------------------------------
 
     def configure(self, layouts: list[RankLayout]) -> ArenaGeometry:
@@ -105,18 +77,25 @@ class Guard:
                     f"rank {layout.rank} lays out its KV differently from rank {first.rank}: "
                     f"{layout.fingerprint} and {first.fingerprint}"
                 )
-        record_bytes = (64 << 10) + GENERATOR_BYTES * self.limits.max_requests
-        frames = self._frame_count(first, record_bytes)
+        record_bytes = self.limits.staging_record_bytes
+        count = count_frames(self.limits, first, ranks=self.ranks)
+        if count.frames < count.wanted:
+            logger.warning(
+                "--host-memory holds %d of the %d frames that full protection needs; the least valuable "
+                "blocks will be unprotected",
+                count.frames,
+                count.wanted,
+            )
         self.geometry = ArenaGeometry(
             frame_bytes=first.frame_bytes,
-            frames=frames + self.reserve_frames,
+            frames=count.frames + count.reserve,
             staging_ring=STAGING_RING,
             staging_record_bytes=record_bytes,
             layout_fingerprint=first.fingerprint,
         )
         shape = {"ranks": self.ranks, "ring": STAGING_RING, "record_bytes": record_bytes}
         self.segments["staging"].resize(StagingArea.required_bytes(**shape))
-        self.segments["pool"].resize((frames + self.reserve_frames) * first.frame_bytes)
+        self.segments["pool"].resize(self.geometry.frames * first.frame_bytes)
         self.segments["debug"].resize(self.ranks * first.kv_bytes)
         self._staging = StagingArea(self.segments["staging"], **shape)
         self.manifest = Manifest(
@@ -124,11 +103,11 @@ class Guard:
             parity_shards=self.limits.parity_shards,
             block_sizes=first.block_sizes,
             slot_bytes=first.slot_bytes,
-            pool=FramePool(frames),
+            pool=FramePool(count.frames),
             compact=self.limits.compact,
         )
         self.tables = BlockTables(first.block_sizes)
-        self.page.set(Counter.FRAMES_TOTAL, frames)
+        self.page.set(Counter.FRAMES_TOTAL, count.frames)
         self.page.set(Counter.FRAME_BYTES, first.frame_bytes)
         self._keeper = KeeperClient(self.address, self._on_answer)
         self._keeper.submit(
@@ -140,32 +119,6 @@ class Guard:
             )
         )
         return self.geometry
-
-    def _frame_count(self, layout: RankLayout, record_bytes: int) -> int:
-        """Frames for the whole pool's parity, a tail per request and what one full step seals; within budget."""
-        limits = self.limits
-        groups, block = len(layout.block_sizes), min(layout.block_sizes)
-        burst = groups * (-(-limits.max_batched_tokens // block) + limits.max_requests)
-        mirrored = burst + limits.backlog_blocks + JOBS_IN_FLIGHT_MAX
-        if not limits.compact:
-            mirrored = layout.num_blocks
-        wanted = limits.parity_shards * layout.num_blocks + self.ranks * mirrored
-        fixed = self.ranks * STAGING_RING * record_bytes + self.reserve_frames * layout.frame_bytes
-        affordable = (limits.host_memory_bytes - fixed) // layout.frame_bytes
-        if affordable < self.ranks:
-            raise UsageError(
-                f"--host-memory {limits.host_memory_bytes} leaves no room for one KV block of "
-                f"{layout.frame_bytes} bytes on {self.ranks} ranks; give at least "
-                f"{fixed + 4 * self.ranks * layout.frame_bytes} bytes, or use --protection none"
-            )
-        if affordable < wanted:
-            logger.warning(
-                "--host-memory holds %d of the %d frames that full protection needs; the least valuable "
-                "blocks will be unprotected",
-                affordable,
-                wanted,
-            )
-        return int(min(wanted, affordable))
 
     # -- every step ------------------------------------------------------------------------------------
 
@@ -324,7 +277,9 @@ class Guard:
                 if answer.ok:
                     manifest.pool.release(frames)
                 else:  # they may still hold users' text: never reused unwiped
-                    logger.error("%d frames could not be wiped and are withheld: %s", len(frames), answer.reason)
+                    logger.error(
+                        "%d frames could not be wiped and are withheld: %s", len(frames), answer.reason
+                    )
                     self.page.add(Counter.SHADOW_ERRORS_TOTAL)
             else:
                 manifest.job_done(answer.job // 2, ok=answer.ok, parity_checksums=answer.parity_checksums)
@@ -342,9 +297,10 @@ class Guard:
 
     def wipe_exports(self) -> None:
         """What survivors exported is users' text: it goes as soon as it was used."""
-        assert self.manifest is not None and self.geometry is not None
+        assert self.manifest is not None
+        assert self.geometry is not None
         size = self.geometry.frame_bytes
-        self.segments["pool"].punch(self.manifest.pool.frames * size, self.reserve_frames * size)
+        self.segments["pool"].punch(self.manifest.pool.frames * size, reserve_frames(self.ranks) * size)
 
     # -- what is alive ---------------------------------------------------------------------------------
 

@@ -104,9 +104,8 @@ class Leftovers:
                 (_SHM / name).unlink()
                 resource_tracker.unregister(f"/{name}", "shared_memory")
 
-    def init_method(self) -> str | None:
+    def init_method(self) -> str:
         """A rendezvous file in the run directory, for one formation of the groups."""
-        if self._directory is None:
-            return None
+        assert self._directory is not None, f"{RUN_DIRECTORY_ENV} is not set"
         name = next(tempfile._get_candidate_names())  # type: ignore[attr-defined]
         return f"file://{self._directory}/groups-{name}"

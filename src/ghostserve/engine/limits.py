@@ -73,6 +73,4 @@ def refuse_arguments(arguments: Namespace, environ: Mapping[str, str]) -> None:
     }
     for what, given in not_yet.items():
         if given:
-            raise UnsupportedError(
-                f"{what} cannot be recovered yet; leave it out, or use --protection none"
-            )
+            raise UnsupportedError(f"{what} cannot be recovered yet; leave it out, or use --protection none")

@@ -104,7 +104,9 @@ class RestoreReport:
     blocks_from_parity: int
     bytes_rebuilt: int
     refused: tuple[int, ...]  # blocks whose checksum did not hold
-    different_blocks: tuple[int, ...] = ()  # only with the debug copy: written slots that differ from the lost
+    different_blocks: tuple[
+        int, ...
+    ] = ()  # only with the debug copy: written slots that differ from the lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,12 @@
 """Performs what the recovery machine decides, one action at a time, under the session's lock.
 
-    machine (pure)                      here
-    Fence(ranks)            ──▶  SIGKILL and reap
-    RaiseEpoch(e)           ──▶  control page
-    Run(leave)              ──▶  drain stale replies: survivors are back in their message loop
-    Run(spawn, regroup, weights) ▶ newcomers start while survivors wait for them at a new rendezvous
-    Run(state, kv)          ──▶  newcomers get KV memory; all roll back; lost blocks come back
-    RetryStep / FailStep / Resume ▶ back to the executor
+machine (pure)                      here
+Fence(ranks)            ──▶  SIGKILL and reap
+RaiseEpoch(e)           ──▶  control page
+Run(leave)              ──▶  drain stale replies: survivors are back in their message loop
+Run(spawn, regroup, weights) ▶ newcomers start while survivors wait for them at a new rendezvous
+Run(state, kv)          ──▶  newcomers get KV memory; all roll back; lost blocks come back
+RetryStep / FailStep / Resume ▶ back to the executor
 """
 
 from __future__ import annotations
@@ -191,9 +191,7 @@ class Performer:
     def _leave(self) -> None:
         """Survivors leave the broken collective; a rank that cannot is lost too."""
         survivors = self._survivors()
-        silent = self._executor.ring.drain(
-            survivors, gone=self.lost, timeout_s=self._config.leave_timeout
-        )
+        silent = self._executor.ring.drain(survivors, gone=self.lost, timeout_s=self._config.leave_timeout)
         if silent:
             raise RankSilent(silent, f"ranks {sorted(silent)} did not leave the broken group in time")
         self._executor.ring.ask(
@@ -234,9 +232,7 @@ class Performer:
             if died := executor.ring.dead() - self.lost:
                 raise RanksDied(died, f"rank {sorted(died)} died during the regroup")
             if monotonic_s() > deadline_s:
-                raise RankSilent(
-                    frozenset({rank}), f"the replacement of rank {rank} was not ready in time"
-                )
+                raise RankSilent(frozenset({rank}), f"the replacement of rank {rank} was not ready in time")
         try:
             worker = WorkerProc.wait_for_ready([handle])[0]
         except Exception as error:
@@ -273,9 +269,7 @@ class Performer:
                 geometry=executor.session.guard.geometry,
                 warm_up=self._compiled(),
             )
-            executor.ring.ask(
-                "ghost_join", message, ranks=every, timeout_s=self._config.restore_timeout
-            )
+            executor.ring.ask("ghost_join", message, ranks=every, timeout_s=self._config.restore_timeout)
         rebuild = Rebuild(executor, lost=self.lost, epoch=self.epoch)
         rebuild.roll_back(timeout_s=self._config.restore_timeout)
         self._mark(Phase.STATE)

@@ -30,7 +30,9 @@ def kv_storage(runner: Any) -> torch.UntypedStorage:
     return storage
 
 
-def probe(runner: Any, kv_cache_config: Any, layers: dict[str, Any]) -> tuple[torch.Tensor, tuple[GroupMap, ...]]:
+def probe(
+    runner: Any, kv_cache_config: Any, layers: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[GroupMap, ...]]:
     """Word view of the KV memory and one slot map per KV group.
 
     `layers` maps layer names to vLLM's attention layers with their KV bound.

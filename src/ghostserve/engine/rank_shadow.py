@@ -31,8 +31,15 @@ class RankShadow:
     """Owns nothing but views: the KV memory is vLLM's, the arena outlives us."""
 
     def __init__(
-        self, *, rank: int, ranks: int, runner: Any, kv_cache_config: Any, layers: dict[str, Any],
-        page: ControlPage, segments: dict[str, Segment],
+        self,
+        *,
+        rank: int,
+        ranks: int,
+        runner: Any,
+        kv_cache_config: Any,
+        layers: dict[str, Any],
+        page: ControlPage,
+        segments: dict[str, Segment],
     ) -> None:
         self._rank = rank
         self._ranks = ranks

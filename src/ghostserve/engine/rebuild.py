@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghostserve.arena.control import Counter, Switch
+from ghostserve.engine.budget import REBUILD_BLOCKS
 from ghostserve.engine.messages import BlockRestore, RestoreReport, StateMessage
 from ghostserve.engine.random_state import RandomState
 from ghostserve.engine.request_state import stuck_in_prompt_logprobs
-from ghostserve.engine.guard import REBUILD_BLOCKS
 from ghostserve.shadow.manifest import Source
 
 logger = logging.getLogger(__name__)
-
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +135,7 @@ class Rebuild:
         for first in range(0, len(restores), REBUILD_BLOCKS):
             yield restores[first : first + REBUILD_BLOCKS]
 
-    def _restore_batch(
-        self, rank: int, batch: list[tuple[int, int]], *, timeout_s: float
-    ) -> RestoreReport:
+    def _restore_batch(self, rank: int, batch: list[tuple[int, int]], *, timeout_s: float) -> RestoreReport:
         """Survivors export what the parity needs, then the newcomer adopts."""
         with self._guard.lock:
             items = self._items(rank, batch)
@@ -163,7 +160,9 @@ class Rebuild:
         for index, (block, _) in enumerate(batch):
             entry = manifest.entries[block]
             from_mirror = bool(entry.mirrors)
-            exports = {} if from_mirror else dict(zip(survivors, self._guard.export_frames(index), strict=False))
+            exports = (
+                {} if from_mirror else dict(zip(survivors, self._guard.export_frames(index), strict=False))
+            )
             items.append(
                 BlockRestore(
                     block=block,
@@ -209,9 +208,7 @@ class Rebuild:
         self._page.add(Counter.REQUESTS_RECOMPUTED_TOTAL, len(affected))
         if affected:
             logger.warning("recomputing %d requests, %d tokens", len(affected), tokens)
-        return result.plus(
-            RebuildResult(tokens_recomputed=tokens, requests_recomputed=len(affected))
-        )
+        return result.plus(RebuildResult(tokens_recomputed=tokens, requests_recomputed=len(affected)))
 
     def _take_out(self, step: Any, reduced: Any, affected: set[str], unwritten: dict[int, int]) -> None:
         """The open step goes on without these requests; workers learn of the new ones all the same."""

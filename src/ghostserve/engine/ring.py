@@ -60,7 +60,7 @@ class Ring:
 
     @property
     def workers(self) -> Sequence[WorkerProcHandle]:
-        return self._executor.workers  # type: ignore[no-any-return]
+        return self._executor.workers
 
     def dead(self) -> frozenset[int]:
         """Ranks whose process has exited."""
@@ -73,7 +73,9 @@ class Ring:
 
     # -- sending ---------------------------------------------------------------------------------------
 
-    def send(self, method: str, *args: Any, reply_rank: int | None = None, gone: Collection[int] = ()) -> None:
+    def send(
+        self, method: str, *args: Any, reply_rank: int | None = None, gone: Collection[int] = ()
+    ) -> None:
         """Call a worker method on every rank; `reply_rank` answers, or all if None. `gone` never read again."""
         queue = self._executor.rpc_broadcast_mq
         if gone:
@@ -125,9 +127,7 @@ class Ring:
         """One reply of each of these ranks. Raises RanksDied, RankRaised or RankSilent."""
         deadline_s = monotonic_s() + timeout_s
         return {
-            rank: self.wait_for_reply(
-                rank, deadline_s=deadline_s, failed=lambda: None, expect_alive=ranks
-            )
+            rank: self.wait_for_reply(rank, deadline_s=deadline_s, failed=lambda: None, expect_alive=ranks)
             for rank in ranks
         }
 

@@ -25,6 +25,16 @@ logger = logging.getLogger(__name__)
 class FailedStep(ModelRunnerOutput):
     """Stands for the output of a step that was given up: its requests end with an error."""
 
+    @classmethod
+    def of(cls, scheduler_output: Any) -> FailedStep:
+        """For all requests of this step."""
+        names = list(scheduler_output.num_scheduled_tokens)
+        return cls(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=[[] for _ in names],
+        )
+
 
 class GhostScheduler(Scheduler):
     """The stock synchronous scheduler with our plan attached to what it hands out."""
@@ -41,7 +51,7 @@ class GhostScheduler(Scheduler):
         with self._session.lock:
             self.open = True
             output = super().schedule(throttle_prefills)
-            output.ghost_pieces = self._session.guard.plan(output)  # type: ignore[attr-defined]
+            output.ghost_pieces = self._session.guard.plan(output)
             return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:

@@ -122,7 +122,9 @@ def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: Contr
     except (UsageError, KeyboardInterrupt):
         raise
     except OSError as error:
-        raise StartError(f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}") from None
+        raise StartError(
+            f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}"
+        ) from None
     except Exception as error:
         if server.serving:
             raise

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from ghostserve.config import GhostConfig
-from ghostserve.engine.guard import GuardLimits
+from ghostserve.engine.budget import GuardLimits
 
 DEFAULT_SHARE = 0.25  # of the machine's or cgroup's memory
 
@@ -45,7 +45,9 @@ class Settings:
         from vllm.model_executor.models.registry import ModelRegistry
 
         known = ModelRegistry.models
-        names = [getattr(known.get(name), "module_name", None) for name in vllm_config.model_config.architectures]
+        names = [
+            getattr(known.get(name), "module_name", None) for name in vllm_config.model_config.architectures
+        ]
         return [name for name in names if name]
 
 

@@ -24,7 +24,9 @@ def identity(model: str) -> tuple[tuple[str, int, int], ...]:
     return tuple(found)
 
 
-def what_changed(before: tuple[tuple[str, int, int], ...], now: tuple[tuple[str, int, int], ...]) -> str | None:
+def what_changed(
+    before: tuple[tuple[str, int, int], ...], now: tuple[tuple[str, int, int], ...]
+) -> str | None:
     """A sentence naming the files that differ; None if all are as they were."""
     names = sorted({name for name, *_ in set(before) ^ set(now)})
     if not names:

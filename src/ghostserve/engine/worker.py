@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker

@@ -270,7 +270,9 @@ class Manifest:
         if entry is None:
             return Decision(choice=Source.LOST, reason=f"block {block} is unprotected")
         if entry.slots < needed:
-            return Decision(choice=Source.LOST, reason=f"block {block}: {entry.slots} of {needed} slots mirrored")
+            return Decision(
+                choice=Source.LOST, reason=f"block {block}: {entry.slots} of {needed} slots mirrored"
+            )
         if entry.state is not BlockState.CODED:
             return Decision(choice=Source.MIRROR, reason=f"block {block} is {entry.state.value}")
         if len(lost) > self.parity_shards:
@@ -346,4 +348,3 @@ class Manifest:
     def _retire_frames(self, frames: tuple[int, ...]) -> None:
         self.pool.retire(frames)
         self._to_wipe.extend(frames)
-

@@ -58,7 +58,7 @@ class Mirror:
     def words_of(storage: torch.UntypedStorage, word_bytes: int, device: torch.device) -> torch.Tensor:
         """The whole storage as words of `word_bytes`."""
         words = torch.empty(0, dtype=_WORD_DTYPES[word_bytes], device=device)
-        return words.set_(storage, 0, (storage.nbytes() // word_bytes,))
+        return words.set_(storage, 0, (storage.nbytes() // word_bytes,), (1,))
 
     @property
     def word_bytes(self) -> int:

@@ -116,8 +116,7 @@ def compare(reference: Sequence[int], faulted: Sequence[int]) -> Verdict:
 
 
 def compare_choices(reference: Mapping[int, Sequence[int]], faulted: Mapping[int, Sequence[int]]) -> Verdict:
-    """Judge all choices of one request; counts are summed, `first_difference` is the earliest of any choice.
-    """
+    """Judge all choices of one request; counts are summed, `first_difference` is the earliest."""
     verdicts = [
         compare(reference.get(index, ()), faulted.get(index, ())) for index in sorted({*reference, *faulted})
     ]

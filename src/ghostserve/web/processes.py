@@ -32,8 +32,7 @@ def read_start_time_ticks(pid: int) -> int | None:
 
 
 def kill_exactly(pid: int, start_time_ticks: int) -> KillOutcome:
-    """Send SIGKILL to this process unless its pid has another holder by now. Returns at once; does not reap.
-    """
+    """Send SIGKILL to this process unless its pid has another holder by now. Does not wait, does not reap."""
     if pid <= 1:
         return KillOutcome.GONE
     try:

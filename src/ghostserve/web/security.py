@@ -142,8 +142,7 @@ def access_refusal(facts: RequestFacts, policy: AccessPolicy) -> Refusal | None:
 
 
 def facts_of(request: Request) -> RequestFacts:
-    """Read the facts off a request; a header sent twice counts as its values joined, which matches nothing.
-    """
+    """Read the facts off a request; a header sent twice counts as both values joined: it matches nothing."""
 
     def header(name: str) -> str | None:
         values = request.headers.getlist(name)
