@@ -35,6 +35,14 @@ def _healthy(served: Served):
     served.settle()
 
 
+@pytest.fixture
+def poisoned(served: Served):
+    """For a test that leaves wrong KV behind on purpose: nothing of it stays in the prefix cache."""
+    yield
+    served.settle()
+    served.post("/reset_prefix_cache")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_forced_recompute(served: Served, rank: int) -> None:
     """Rung 3 for every request: nothing shown is repeated or changed, the continuation is the same."""
@@ -70,6 +78,7 @@ def test_a_flipped_byte_in_the_parity_is_refused(served: Served) -> None:
     assert served.server.status()["counters"]["checksum_refusals_total"] > refused
 
 
+@pytest.mark.usefixtures("poisoned")
 def test_without_restore_the_output_changes(served: Served) -> None:
     """Negative control: the oracle can fail."""
     ask = Ask(max_tokens=150)
@@ -95,6 +104,7 @@ def test_bytes_are_what_was_lost(served: Served) -> None:
     assert after["blocks_different_total"] == counters["blocks_different_total"]
 
 
+@pytest.mark.usefixtures("poisoned")
 def test_the_byte_comparison_can_fail(served: Served) -> None:
     """Negative control: with checksums off, a flipped byte is restored, and found."""
     served.server.set_switch("debug_copy", True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
+import psutil
 import pytest
 
 from ghostserve.testing.client import StopStreaming
@@ -231,3 +234,44 @@ def test_titles_after_a_replacement(float32: Served) -> None:
     for rank in float32.server.status()["ranks"]:
         title = " ".join(psutil.Process(rank["pid"]).cmdline())
         assert title.startswith(f"VLLM::Worker_TP{rank['rank']}"), title
+
+
+def test_a_replacement_that_dies_while_starting(float32: Served) -> None:
+    """The next one takes its place; survivors waiting for the first are not given up, nor is their KV."""
+    ask = Ask(max_tokens=150)
+    reference, before = float32.reference(ask), float32.recoveries()
+    killed: list[int] = []
+
+    def kill_twice() -> None:
+        for _ in range(2):
+            pid = int(float32.server.status()["ranks"][1]["pid"])
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            float32.server.wait_status(
+                lambda status: status["ranks"][1]["pid"] != killed[-1], timeout_s=20, what="a replacement"
+            )
+
+    faulted = float32.run(ask, on_token=Hurt(70, kill_twice))
+    assert_same(reference, faulted)
+    report = float32.recovery(after=before)
+    assert_rebuilt(report, sealed=True)
+    assert set(report["lost_ranks"]) == {1}
+    assert report["lost_pids"] == killed
+
+
+def test_a_fork_server_that_dies(float32: Served) -> None:
+    """Its children go on; the next replacement is started by a new one."""
+    ask = Ask(max_tokens=150)
+    reference, before = float32.reference(ask), float32.recoveries()
+    ranks = float32.server.status()["ranks"]
+    fork_server = psutil.Process(ranks[0]["pid"]).parent()
+    assert fork_server is not None
+    fork_server.kill()
+    assert_same(reference, float32.run(ask))
+    assert float32.recoveries() == before, "nobody else was lost"
+    faulted = float32.run(ask, on_token=Hurt(70, lambda: float32.kill(1)), timeout_s=150)
+    assert_same(reference, faulted)
+    report = float32.recovery(after=before)
+    assert_rebuilt(report, sealed=True)
+    assert report["lost_ranks"] == [1]
+    assert psutil.pid_exists(ranks[0]["pid"])

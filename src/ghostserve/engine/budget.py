@@ -28,8 +28,10 @@ class GuardLimits:
 
     @property
     def staging_record_bytes(self) -> int:
-        """Room for the random states of a step: the default generators, and one per request."""
-        return (64 << 10) + GENERATOR_BYTES * self.max_requests
+        """Room for the random states of a step: the default generators, and one per request, twice as many as
+        run at once, for those that were preempted.
+        """
+        return (64 << 10) + 2 * GENERATOR_BYTES * self.max_requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

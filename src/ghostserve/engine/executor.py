@@ -18,19 +18,12 @@ from typing import Any
 
 import cloudpickle
 from vllm import envs
-from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
-from vllm.utils.ompmultiprocessing import OMPProcessManager
-from vllm.utils.torch_utils import set_torch_threads_for_runtime
-from vllm.v1.executor.multiproc_executor import (
-    MultiprocExecutor,
-    WorkerProc,
-    set_multiprocessing_worker_envs,
-)
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from ghostserve.arena.control import LANE_ENGINE, ControlPage, StampStatus
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.engine import session, weights_identity
+from ghostserve.engine import logs, session, weights_identity
 from ghostserve.engine.guard import Guard
 from ghostserve.engine.leftovers import Leftovers
 from ghostserve.engine.limits import refuse_unsupported, refuse_unsupported_kv
@@ -41,13 +34,15 @@ from ghostserve.engine.request_state import WorkersView
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent, Ring
 from ghostserve.engine.scheduler import FailedStep
 from ghostserve.engine.settings import Settings
-from ghostserve.engine.spawn import WorkerStart, fork_server, start_worker
+from ghostserve.engine.start import Starter
 from ghostserve.engine.status import StatusWriter
+from ghostserve.recovery.detector import RUNNING, RankView, dead_ranks, verdict
 from ghostserve.shadow.manifest import Piece
 
 logger = logging.getLogger(__name__)
 
 STAMP_POLL_S = 0.0002
+WEIGHT_CHANGES = ("reload_weights", "update_weights", "load_model")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,6 +85,7 @@ class GhostExecutor(MultiprocExecutor):
     # -- start and end ---------------------------------------------------------------------------------
 
     def _init_executor(self) -> None:
+        logs.join_vllm()
         refuse_unsupported(self.vllm_config)
         self._finalizer = weakref.finalize(self, self.shutdown)
         self.is_failed = False
@@ -98,8 +94,13 @@ class GhostExecutor(MultiprocExecutor):
         self.settings = Settings.from_environment()
         self.leftovers = Leftovers()
         self.weights = weights_identity.identity(self.model_config.model)
+        self.weights_changed_by: str | None = None  # an RPC that changed them in memory
         self._connect_arena()
-        self._start_workers()
+        self.starter = Starter(self, self.settings)
+        self.starter.start_all()
+        self.note_segments()
+        self.futures_queue: deque[Any] = deque()
+        self.output_rank = self._get_output_rank()
         self.ring = Ring(self)
         self.view = WorkersView()
         self.kv_cache_configs: list[Any] = []
@@ -124,74 +125,9 @@ class GhostExecutor(MultiprocExecutor):
         self.session = session.Session(guard=guard, page=page)
         session.start(self.session)
 
-    def _start_workers(self) -> None:
-        set_multiprocessing_worker_envs(self.local_world_size)
-        self.rpc_broadcast_mq = MessageQueue(
-            self.world_size,
-            self.local_world_size,
-            max_chunk_bytes=envs.VLLM_MQ_MAX_CHUNK_BYTES_MB * 1024 * 1024,
-        )
-        self._prepare_fork_server()
-        init_method = self.leftovers.init_method()
-        unready = []
-        try:
-            unready = [self.start_rank(rank, init_method, join_at=None) for rank in range(self.world_size)]
-            self.workers = WorkerProc.wait_for_ready(unready)
-            set_torch_threads_for_runtime()
-            self.response_mqs = [worker.worker_response_mq for worker in self.workers]
-            self.rpc_broadcast_mq.wait_until_ready()
-            for queue in self.response_mqs:
-                assert queue is not None
-                queue.wait_until_ready()
-        except BaseException:
-            for handle in unready:
-                if handle.death_writer is not None:
-                    handle.death_writer.close()
-                    handle.death_writer = None
-            self._ensure_worker_termination([handle.proc for handle in unready])
-            raise
-        self.note_segments()
-        self.futures_queue: deque[Any] = deque()
-        self.output_rank = self._get_output_rank()
-
-    def _prepare_fork_server(self) -> None:
-        self._omp = OMPProcessManager(self.vllm_config)
-        cpus = self.cpus_of(0)
-        if cpus:
-            os.environ["OMP_NUM_THREADS"] = str(len(cpus))
-        self._context = fork_server(self.settings.preload_modules(self.vllm_config))
-        self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
-
-    def cpus_of(self, rank: int) -> tuple[int, ...]:
-        """CPUs that vLLM binds a rank to; empty where it binds none."""
-        lists = getattr(self._omp, "cpu_lists", None)
-        return tuple(lists[rank]) if lists else ()
-
-    def start_rank(self, rank: int, init_method: str, *, join_at: int | None) -> Any:
-        """Start a process for a rank; at the server's start, or in place of a lost one."""
-        assert self.rpc_broadcast_mq is not None
-        self.session.page.clear_marks(rank)
-        return start_worker(
-            self._context,
-            WorkerStart(
-                vllm_config=self.vllm_config,
-                rank=rank,
-                local_rank=rank,
-                init_method=init_method,
-                input_shm_handle=self.rpc_broadcast_mq.export_handle(),
-                shared_worker_lock=self._worker_lock,
-                is_driver_worker=self._is_driver_worker(rank),
-                join_at=join_at,
-                cpus=self.cpus_of(rank),
-            ),
-        )
-
     def note_segments(self) -> None:
         """Remember what named shared memory vLLM made, and whose it is."""
-        assert self.rpc_broadcast_mq is not None
-        self.leftovers.note(os.getpid(), self.rpc_broadcast_mq.buffer.shared_memory.name)
-        for worker in self.workers:
-            self.leftovers.note_all(worker.proc.pid)
+        self.leftovers.note_all([os.getpid(), *(worker.proc.pid for worker in self.workers)])
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         for config in kv_cache_configs:
@@ -271,8 +207,10 @@ class GhostExecutor(MultiprocExecutor):
                     outcome = self.performer.recover(failure)
                     if outcome is Outcome.STEP_FAILED:
                         self.session.guard.withdraw(step.pieces)
+                        # Now: a client may leave before the scheduler sees the output, and take its request along.
+                        self.session.scheduler.evict_unwritten(step.sent)
                         self.open_step = None
-                        return FailedStep.of(step.scheduler_output)
+                        return FailedStep.of(step.sent)
                     send_again = True
 
     def _run_stage(self, step: OpenStep, *, send_again: bool) -> Any:
@@ -288,11 +226,44 @@ class GhostExecutor(MultiprocExecutor):
         return output
 
     def _wait_for_step(self) -> Any:
-        return self.ring.wait_for_reply(
-            self.output_rank,
-            deadline_s=monotonic_s() + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
-            failed=self._failed_rank,
-            expect_alive=range(self.world_size),
+        started_s = monotonic_s()
+        try:
+            return self.ring.wait_for_reply(
+                self.output_rank,
+                deadline_s=started_s + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+                failed=self._failed_rank,
+                expect_alive=range(self.world_size),
+            )
+        except RankSilent as failure:
+            raise self._who_is_silent(started_s, failure) from None
+
+    def _who_is_silent(self, started_s: float, failure: RankSilent) -> RankSilent:
+        """The ranks that hold up the step, by their stamps: not necessarily the one that was to answer."""
+        limit_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+        epoch, step = self._open_id()
+        verdicts = verdict(
+            monotonic_s(),
+            [self._view_of(rank) for rank in range(self.world_size)],
+            epoch=epoch,
+            step=step,
+            step_started_at_s=started_s,
+            deadline_s=limit_s,
+            all_stuck_s=limit_s,
+        )
+        reason = "; ".join(f"rank {found.rank}: {found.reason}" for found in verdicts)
+        return RankSilent(dead_ranks(verdicts) or failure.ranks, reason)
+
+    def _view_of(self, rank: int) -> RankView:
+        stamp, process = self.session.page.read_stamp(rank), self.workers[rank].proc
+        at_work = stamp.status in (StampStatus.BEGUN, StampStatus.STAGED)
+        return RankView(
+            rank=rank,
+            exited=not process.is_alive(),
+            exit_code=process.exitcode,
+            stamp_epoch=stamp.epoch,
+            stamp_step=stamp.step,
+            stamp_status=RUNNING if at_work else stamp.status.name.lower(),
+            stamp_at_s=stamp.at_s,
         )
 
     def _failed_rank(self) -> int | None:
@@ -346,14 +317,18 @@ class GhostExecutor(MultiprocExecutor):
         unique_reply_rank: int | None = None,
         **aggregators: Any,
     ) -> Any:
-        """vLLM's RPC, bounded. A rank that dies meanwhile is replaced and the call made once more."""
+        """vLLM's RPC, bounded once the server is up. A rank that dies meanwhile is replaced, and the call repeated."""
         with self.session.lock:
+            if method in WEIGHT_CHANGES and self.session.scheduler is not None:
+                self.weights_changed_by = method
             try:
                 results = self._call(method, timeout, args, kwargs or {}, unique_reply_rank)
-            except RanksDied as failure:
+            except (RanksDied, RankSilent) as failure:
                 if self.session.scheduler is None:
                     raise RuntimeError(f"a worker ended while the server was starting: {failure}") from None
                 self.performer.recover(failure)
+                if isinstance(failure, RankSilent):
+                    raise TimeoutError(f"RPC call to {method} timed out: {failure}") from None
                 results = self._call(method, timeout, args, kwargs or {}, unique_reply_rank)
         if not non_block:
             return results
@@ -373,14 +348,20 @@ class GhostExecutor(MultiprocExecutor):
         name = method if isinstance(method, str) else cloudpickle.dumps(method)
         self.rpc_broadcast_mq.enqueue((name, args, kwargs, rank))
         ranks = range(self.world_size) if rank is None else [rank]
+        serving = self.session.scheduler is not None  # before that a model loads, for as long as it takes
+        longest_s = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS if serving else math.inf
         try:
-            replies = self.ring.collect(ranks, timeout_s=math.inf if timeout is None else timeout)
-        except RankRaised as failure:
-            # The other ranks' replies would be taken for answers to the next call.
-            self.ring.drain(range(self.world_size), gone=(), timeout_s=self.settings.config.leave_timeout)
+            replies = self.ring.collect(ranks, timeout_s=longest_s if timeout is None else timeout)
+        except (RankRaised, RankSilent) as failure:
+            # Replies that are on their way would be taken for answers to the next call.
+            silent = self.ring.drain(
+                range(self.world_size), gone=(), timeout_s=self.settings.config.leave_timeout
+            )
+            if silent:
+                raise RankSilent(silent, f"ranks {sorted(silent)} do not answer") from None
+            if isinstance(failure, RankSilent):
+                raise TimeoutError(f"RPC call to {method} timed out: {failure.reason}") from None
             raise RuntimeError(f"Worker failed with error '{failure.reason}'") from None
-        except RankSilent as failure:
-            raise TimeoutError(f"RPC call to {method} timed out.") from failure
         return list(replies.values()) if rank is None else replies[rank]
 
     def give_up(self, reason: str) -> None:

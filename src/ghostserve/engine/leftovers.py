@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-import psutil
-
 RUN_DIRECTORY_ENV = "GHOSTSERVE_RUN_DIRECTORY"
 _PREFIX = "ghostserve-"
 _SEGMENTS = "segments.jsonl"
@@ -77,35 +75,55 @@ class Leftovers:
     def __init__(self) -> None:
         directory = os.environ.get(RUN_DIRECTORY_ENV)
         self._directory = Path(directory) if directory else None
-        self._segments: dict[int, set[str]] = {}
+        self._segments: dict[int, set[str]] = {}  # who maps what
 
-    def note(self, pid: int, name: str) -> None:
-        """`name` in /dev/shm belongs to process `pid`."""
-        name = name.lstrip("/")
-        if name in self._segments.setdefault(pid, set()):
-            return
-        self._segments[pid].add(name)
+    def note_all(self, pids: list[int]) -> None:
+        """Note every named segment of vLLM's queues that these processes map; remove those that none maps."""
+        known = {name for names in self._segments.values() for name in names}
+        self._segments = {pid: _mapped(pid) for pid in pids}
+        for pid, names in self._segments.items():
+            for name in names - known:
+                self._write_down(pid, name)
+        for name in known.difference(*self._segments.values()):
+            _unlink(name)
+
+    def remove_of(self, pid: int) -> None:
+        """The process was killed: unlink the segments that only it mapped."""
+        names = self._segments.pop(pid, set())
+        for name in names.difference(*self._segments.values()):
+            _unlink(name)
+
+    def _write_down(self, pid: int, name: str) -> None:
+        """For the next start's sweep, should nobody be left to remove it."""
         if self._directory is not None:
             with contextlib.suppress(OSError), (self._directory / _SEGMENTS).open("a") as notes:
                 notes.write(json.dumps({"name": name, "pid": pid, "start_time": _start_time(pid)}) + "\n")
-
-    def note_all(self, pid: int) -> None:
-        """Note every named segment that a process maps and that vLLM's queues made."""
-        with contextlib.suppress(psutil.Error):
-            for mapping in psutil.Process(pid).memory_maps():
-                if mapping.path.startswith(f"{_SHM}/psm_"):
-                    self.note(pid, mapping.path.removeprefix(f"{_SHM}/"))
-
-    def remove_of(self, pid: int) -> None:
-        """The process was killed: unlink the segments that only it owned."""
-        others = {name for owner, names in self._segments.items() if owner != pid for name in names}
-        for name in self._segments.pop(pid, set()) - others:
-            with contextlib.suppress(OSError):
-                (_SHM / name).unlink()
-                resource_tracker.unregister(f"/{name}", "shared_memory")
 
     def init_method(self) -> str:
         """A rendezvous file in the run directory, for one formation of the groups."""
         assert self._directory is not None, f"{RUN_DIRECTORY_ENV} is not set"
         name = next(tempfile._get_candidate_names())  # type: ignore[attr-defined]
         return f"file://{self._directory}/groups-{name}"
+
+    def forget_rendezvous(self, latest: str) -> None:
+        """Remove the rendezvous files of former groups."""
+        if self._directory is not None:
+            for file in self._directory.glob("groups-*"):
+                if not latest.endswith(f"/{file.name}"):
+                    file.unlink(missing_ok=True)
+
+
+def _mapped(pid: int) -> set[str]:
+    """Names in /dev/shm of the queue segments that a process maps; empty if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    paths = {line.split(maxsplit=5)[5] for line in lines if f" {_SHM}/psm_" in line}
+    return {path.removeprefix(f"{_SHM}/").removesuffix(" (deleted)") for path in paths}
+
+
+def _unlink(name: str) -> None:
+    with contextlib.suppress(OSError):
+        (_SHM / name).unlink()
+        resource_tracker.unregister(f"/{name}", "shared_memory")

@@ -110,6 +110,17 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RegroupMessage:
+    """To survivors: form the groups anew at `init_method`, once the newcomers have come that far."""
+
+    init_method: str
+    epoch: int
+    newcomers: frozenset[int]
+    start_timeout_s: float
+    rendezvous_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JoinMessage:
     """A newcomer's start-up after its groups and weights: what the survivors did when the server started."""
 

@@ -22,7 +22,7 @@ from vllm.v1.executor.multiproc_executor import WorkerProc
 from ghostserve.arena.control import Counter, Mark, StampStatus
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import weights_identity
-from ghostserve.engine.messages import JoinMessage
+from ghostserve.engine.messages import JoinMessage, RegroupMessage
 from ghostserve.engine.rebuild import Rebuild, RebuildResult
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.errors import EngineLost, GhostserveError
@@ -179,8 +179,7 @@ class Performer:
     def _fence(self, ranks: frozenset[int]) -> None:
         for rank in ranks:
             worker = self._executor.workers[rank]
-            if worker.proc.is_alive():
-                worker.proc.kill()
+            worker.proc.kill()
             worker.proc.join(timeout=self._config.leave_timeout)
             if worker.death_writer is not None:
                 worker.death_writer.close()
@@ -206,12 +205,29 @@ class Performer:
         now = weights_identity.identity(executor.model_config.model)
         if lost and (changed := weights_identity.what_changed(executor.weights, now)):
             raise CannotReplace(changed)
-        init_method = executor.leftovers.init_method()
+        if lost and executor.weights_changed_by:
+            raise CannotReplace(
+                f"the weights were changed in memory ({executor.weights_changed_by}): a replacement would not have "
+                "them; restart the server"
+            )
+        message = RegroupMessage(
+            init_method=executor.leftovers.init_method(),
+            epoch=self.epoch,
+            newcomers=lost,
+            start_timeout_s=timeout_s,
+            # A bit less than survivors get to leave it again, should a newcomer die on the way.
+            rendezvous_timeout_s=0.8 * self._config.leave_timeout,
+        )
+        for rank in lost:
+            self._page.clear_marks(rank)  # survivors wait for those of the newcomer
         # Newcomers join the ring behind this message, so it is sent before they start.
-        ring.send("ghost_regroup", init_method, timeout_s, gone=lost)
+        ring.send("ghost_regroup", message, gone=lost)
         join_at = executor.rpc_broadcast_mq.current_idx
         started_s = monotonic_s()
-        unready = {rank: executor.start_rank(rank, init_method, join_at=join_at) for rank in sorted(lost)}
+        unready = {
+            rank: executor.starter.start_rank(rank, message.init_method, join_at=join_at)
+            for rank in sorted(lost)
+        }
         for rank, handle in unready.items():  # from here on a fence finds them
             executor.workers[rank].proc = handle.proc
             executor.workers[rank].death_writer = handle.death_writer
@@ -220,6 +236,7 @@ class Performer:
         for rank in unready:
             self._shake_hands(rank, deadline_s=started_s + timeout_s)
         ring.collect(survivors, timeout_s=timeout_s)
+        executor.leftovers.forget_rendezvous(message.init_method)
         executor.note_segments()
         self._mark_start(lost, started_s)
 

@@ -7,6 +7,7 @@ seeds are drawn from, and each seeded request has a generator of its own.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import msgspec
@@ -23,13 +24,13 @@ class RandomState:
     row of the persistent batch.
     """
 
-    order: list[str]
+    order: list[bytes]
     default: bytes
     device: bytes = b""
     numpy_key: bytes = b""
     numpy_position: int = 0
     numpy_gauss: tuple[int, float] = (0, 0.0)
-    generators: dict[str, bytes] = field(default_factory=dict)
+    generators: dict[bytes, bytes] = field(default_factory=dict)
 
     @classmethod
     def capture(
@@ -38,13 +39,13 @@ class RandomState:
         """The states of this process, now."""
         _, key, position, has_gauss, cached = np.random.get_state(legacy=True)
         return cls(
-            order=order,
+            order=[short_id(name) for name in order],
             default=torch.get_rng_state().numpy().tobytes(),
             device=torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b"",
             numpy_key=np.asarray(key, dtype=np.uint32).tobytes(),
             numpy_position=int(position),
             numpy_gauss=(int(has_gauss), float(cached)),
-            generators={name: generator_bytes(generator) for name, generator in generators.items()},
+            generators={short_id(name): generator_bytes(generator) for name, generator in generators.items()},
         )
 
     def restore_globals(self, device: torch.device) -> None:
@@ -57,7 +58,7 @@ class RandomState:
 
     def generator(self, request_id: str, device: torch.device) -> torch.Generator | None:
         """A new generator in the recorded state, or None if the request had none."""
-        state = self.generators.get(request_id)
+        state = self.generators.get(short_id(request_id))
         if state is None:
             return None
         generator = torch.Generator(device=device)
@@ -70,6 +71,11 @@ class RandomState:
     @classmethod
     def decode(cls, record: bytes) -> RandomState:
         return msgspec.msgpack.decode(record, type=cls)
+
+
+def short_id(request_id: str) -> bytes:
+    """16 bytes that stand for a request id."""
+    return hashlib.blake2b(request_id.encode(), digest_size=16).digest()
 
 
 def generator_bytes(generator: torch.Generator) -> bytes:

@@ -71,6 +71,10 @@ class Rebuild:
         """Every rank takes on the request state after the last accepted step."""
         survivors = [rank for rank in self._every if rank not in self._lost]
         record = self._guard.random_record([*survivors, *sorted(self._lost)])
+        if record is None and survivors:
+            # What is sampled next may change, but never differ between the ranks.
+            states = self._executor.ring.ask("ghost_random_state", ranks=self._every, timeout_s=timeout_s)
+            record = states[survivors[0]]
         order = RandomState.decode(record).order if record is not None else []
         if self._page.get_switch(Switch.SKIP_RNG_RESTORE):
             record = None

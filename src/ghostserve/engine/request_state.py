@@ -16,7 +16,7 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from ghostserve.engine.messages import RequestSnapshot, StateMessage
-from ghostserve.engine.random_state import RandomState
+from ghostserve.engine.random_state import RandomState, short_id
 from ghostserve.shadow.step_plan import RequestStep, StepIncrement
 
 
@@ -122,16 +122,13 @@ class WorkersView:
             for known, new in zip(request.block_ids, new_blocks, strict=True):
                 known.extend(new)
 
-    def snapshot(self, order: Sequence[str]) -> list[RequestSnapshot]:
-        """All requests, those in the batch first and in row order."""
-        rows = [request_id for request_id in order if self._in_batch(request_id)]
-        rows += [name for name, known in self.requests.items() if known.in_batch and name not in set(rows)]
+    def snapshot(self, order: Sequence[bytes]) -> list[RequestSnapshot]:
+        """All requests, those in the batch first and in row order (`short_id`s)."""
+        batched = {short_id(name): name for name, known in self.requests.items() if known.in_batch}
+        rows = [batched.pop(row) for row in order if row in batched]
+        rows += batched.values()
         rest = [name for name, known in self.requests.items() if not known.in_batch]
         return [self._snapshot(name) for name in (*rows, *rest)]
-
-    def _in_batch(self, request_id: str) -> bool:
-        known = self.requests.get(request_id)
-        return known is not None and known.in_batch
 
     def _snapshot(self, request_id: str) -> RequestSnapshot:
         known = self.requests[request_id]
@@ -174,6 +171,7 @@ def restore_requests(runner: Any, message: StateMessage) -> None:
             runner.input_batch.add_request(state)
     runner.input_batch.condense()
     runner.input_batch.refresh_metadata()
+    _replay_thinking_budgets(runner)
     if random is not None:
         random.restore_globals(runner.device)
 
@@ -190,6 +188,19 @@ def _clear(runner: Any) -> None:
     batch.prev_sampled_token_ids = None
     runner.requests.clear()
     runner.num_prompt_logprobs.clear()
+
+
+def _replay_thinking_budgets(runner: Any) -> None:
+    """Where a request stands in its thinking budget follows from its tokens, but only one after the other."""
+    holder = runner.input_batch.thinking_budget_state_holder
+    if holder is None:
+        return
+    for row, state in holder._state.items():
+        output = runner.requests[runner.input_batch.req_ids[row]].output_token_ids
+        for count in range(len(output)):  # with all of them it is the retried step that updates the state
+            state["output_tok_ids"], state["force_index"] = output[:count], []
+            holder._update_think_state(state)
+        state["output_tok_ids"] = output
 
 
 def _request_state(snapshot: RequestSnapshot, generator: torch.Generator | None) -> CachedRequestState:

@@ -10,6 +10,7 @@ import multiprocessing.connection
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.v1.executor.multiproc_executor import WorkerProc, WorkerProcHandle
 
 from ghostserve.clock import monotonic_s
@@ -95,7 +96,7 @@ class Ring:
         """
         while True:
             try:
-                status, result = self._executor.response_mqs[rank].dequeue(timeout=SLICE_S)
+                status, result = self._next_reply(rank)
             except TimeoutError:
                 if died := self.dead() & frozenset(expect_alive):
                     raise RanksDied(died, _exits(died)) from None
@@ -107,6 +108,26 @@ class Ring:
             if status == SUCCESS:
                 return result
             self._raise(rank, str(result), expect_alive)
+
+    def _next_reply(self, rank: int) -> Any:
+        """What a rank sent next. Raises TimeoutError after `SLICE_S`, with nothing lost.
+
+        vLLM announces a large reply in the ring and sends it by a socket afterwards: once the announcement was
+        taken, the rest is on its way, for as long as its sender lives.
+        """
+        queue = self._executor.response_mqs[rank]
+        announced_at = queue.current_idx
+        try:
+            return queue.dequeue(timeout=SLICE_S)
+        except TimeoutError:
+            if queue.current_idx == announced_at:
+                raise
+        while True:
+            try:
+                return MessageQueue.recv(queue.local_socket, timeout=SLICE_S)
+            except TimeoutError:
+                if rank in self.dead():
+                    raise
 
     def _raise(self, rank: int, reason: str, expect_alive: Collection[int]) -> None:
         """A rank raised: if a process died, that is the cause."""
@@ -144,7 +165,7 @@ class Ring:
         for rank in ranks:
             while True:
                 try:
-                    _, result = self._executor.response_mqs[rank].dequeue(timeout=SLICE_S)
+                    _, result = self._next_reply(rank)
                 except TimeoutError:
                     if monotonic_s() > deadline_s or rank in self.dead():
                         silent.add(rank)

@@ -57,17 +57,16 @@ class GhostScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         with self._session.lock:
             if isinstance(model_runner_output, FailedStep):
-                self._fail_requests(scheduler_output)
+                self._fail_requests(scheduler_output, model_runner_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self.open = False
             self._count_open()
             return outputs
 
-    def _fail_requests(self, scheduler_output: Any) -> None:
-        """End this step's requests with an error. Blocks registered for it were never written: no hash stays."""
-        failed = set(scheduler_output.num_scheduled_tokens)
+    def _fail_requests(self, scheduler_output: Any, failed_step: FailedStep) -> None:
+        """End the requests of a step that was given up with an error."""
+        failed = set(failed_step.req_ids)
         self._session.count_failed_requests(len(failed))
-        self._evict_unwritten(scheduler_output, failed)
         self.grammar_compile_error_reqs.update(failed)
         # The workers were never told, or were rolled back to before they were.
         self.finished_req_ids |= scheduler_output.finished_req_ids
@@ -143,7 +142,7 @@ class GhostScheduler(Scheduler):
         original, whose output for them is dropped. (Steps as in the stock forced preemption.)
         """
         removed = set(request_ids)
-        self._evict_unwritten(open_step, removed)
+        self.evict_unwritten(open_step, removed)
         self.kv_cache_manager.evict_blocks(set(lost_blocks))
         now_s = monotonic_s()
         for request in reversed([request for request in self.running if request.request_id in removed]):
@@ -152,8 +151,11 @@ class GhostScheduler(Scheduler):
             self.prev_step_scheduled_req_ids.discard(request.request_id)
         return None if open_step is None else _without(open_step, removed)
 
-    def _evict_unwritten(self, open_step: Any | None, request_ids: set[str]) -> None:
-        self.kv_cache_manager.evict_blocks(set(self.unwritten_blocks(open_step, request_ids)))
+    def evict_unwritten(self, open_step: Any | None, request_ids: set[str] | None = None) -> None:
+        """The prefix cache forgets what the step was to write, for these requests or for all."""
+        if open_step is not None:
+            wanted = set(open_step.num_scheduled_tokens) if request_ids is None else request_ids
+            self.kv_cache_manager.evict_blocks(set(self.unwritten_blocks(open_step, wanted)))
 
     def unwritten_blocks(self, open_step: Any | None, request_ids: set[str]) -> dict[int, int]:
         """Blocks that the step was to write for these requests -> slots written before it.

@@ -33,9 +33,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from ghostserve.arena.control import ControlPage
 from ghostserve.config import CONFIG_ENV, GhostConfig
-from ghostserve.engine import leftovers
+from ghostserve.engine import leftovers, logs
 from ghostserve.engine.limits import refuse_arguments, refuse_unsupported
 from ghostserve.engine.platform import PLATFORM_ENV
+from ghostserve.engine.settings import Settings
 from ghostserve.errors import EngineLost, StartError, UsageError
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 
@@ -73,10 +74,12 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
     """Serve until told to stop. Returns the exit code; raises UsageError, StartError or EngineLost."""
     arguments, config = parse_arguments(argv)
     configure_logging_from_args(arguments)
+    logs.join_vllm()
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
         return _run(arguments, config, mount, page=None)
     refuse_arguments(arguments, os.environ)
+    Settings(config=config).memory_budget_bytes()
     _use_our_parts(arguments, config)
     directory = leftovers.make_run_directory()
     try:

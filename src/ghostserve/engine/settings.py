@@ -10,6 +10,7 @@ import psutil
 
 from ghostserve.config import GhostConfig
 from ghostserve.engine.budget import GuardLimits
+from ghostserve.errors import UsageError
 
 DEFAULT_SHARE = 0.25  # of the machine's or cgroup's memory
 
@@ -25,15 +26,24 @@ class Settings:
     def from_environment(cls) -> Settings:
         return cls(config=GhostConfig.from_environment())
 
+    def memory_budget_bytes(self) -> int:
+        """Host memory for the shadow, at most. Raises UsageError if there is not so much."""
+        available, budget = memory_limit_bytes(), self.config.host_memory
+        if budget is None:
+            return int(available * DEFAULT_SHARE)
+        if budget > available:
+            raise UsageError(
+                f"--host-memory {budget} is more than the {available} bytes that this machine or cgroup has"
+            )
+        return budget
+
     def guard_limits(self, vllm_config: Any) -> GuardLimits:
         """What the arena is sized by."""
         scheduler = vllm_config.scheduler_config
-        available = memory_limit_bytes()
-        budget = self.config.host_memory
         return GuardLimits(
             parity_shards=self.config.parity_shards,
             compact=self.config.protection == "parity",
-            host_memory_bytes=int(available * DEFAULT_SHARE) if budget is None else budget,
+            host_memory_bytes=self.memory_budget_bytes(),
             max_requests=scheduler.max_num_seqs,
             max_batched_tokens=scheduler.max_num_batched_tokens,
             backlog_blocks=self.config.encode_backlog,

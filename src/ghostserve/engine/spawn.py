@@ -25,6 +25,8 @@ from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle, WorkerP
 from ghostserve.arena.control import ControlPage, Mark
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.engine import logs
+from ghostserve.engine.process import WatchedProcess
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def start_worker(context: Any, start: WorkerStart) -> UnreadyWorkerProcHandle:
     """Start a process for a rank; it reports READY on the returned handle's pipe."""
     ready_reader, ready_writer = context.Pipe(duplex=False)
     death_reader, death_writer = context.Pipe(duplex=False)
-    process = context.Process(
+    process = WatchedProcess(
         target=worker_main,
         args=(start, ready_writer, death_reader),
         name=f"VllmWorker-{start.rank}",
@@ -109,6 +111,7 @@ def worker_main(start: WorkerStart, ready: Connection, death: Connection) -> Non
     _install_signal_handlers(stopping)
     if logging_config := getattr(start.vllm_config, "logging_config", None):
         configure_logging(logging_config)
+    logs.join_vllm()
     _pin(start.cpus)
     _mark_started(start.rank)
     queues: list[MessageQueue | None] = []

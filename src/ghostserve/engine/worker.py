@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from ghostserve.arena.control import ControlPage, FaultAction, FaultPoint, Mark, StampStatus, Switch
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
-from ghostserve.clock import monotonic_s
+from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import compat, faults
 from ghostserve.engine.groups import form_groups, leave_groups, peer_left
 from ghostserve.engine.messages import (
@@ -32,6 +32,7 @@ from ghostserve.engine.messages import (
     BlockRestore,
     JoinMessage,
     RankLayout,
+    RegroupMessage,
     RestoreReport,
     SampleMessage,
     StateMessage,
@@ -44,6 +45,7 @@ from ghostserve.errors import StaleEpoch
 logger = logging.getLogger(__name__)
 
 ARENA_TIMEOUT_S = 10.0
+NEWCOMER_POLL_S = 0.001
 
 
 class GhostWorkerMixin:
@@ -174,15 +176,28 @@ class GhostWorkerMixin:
         """Leave the groups, whether or not this rank has noticed that they are broken."""
         leave_groups()
 
-    def ghost_regroup(self, init_method: str, timeout_s: float) -> None:
-        """A survivor: form the groups anew, with the newcomers."""
+    def ghost_regroup(self, message: RegroupMessage) -> None:
+        """A survivor: form the groups anew, with the newcomers.
+
+        A rendezvous cannot be called off, so it starts when the newcomers are about to join it, and is short.
+        """
+        self._await_newcomers(message)
         form_groups(
             self.vllm_config,
             rank=self.rank,
             local_rank=self.local_rank,
-            init_method=init_method,
-            timeout_s=timeout_s,
+            init_method=message.init_method,
+            timeout_s=message.rendezvous_timeout_s,
         )
+
+    def _await_newcomers(self, message: RegroupMessage) -> None:
+        deadline_s = monotonic_s() + message.start_timeout_s
+        while not all(Mark.IMPORTS_DONE in self._page.marks(rank) for rank in message.newcomers):
+            if self._page.epoch != message.epoch:
+                raise StaleEpoch(f"rank {self.rank}: the regroup of epoch {message.epoch} was given up")
+            if monotonic_s() > deadline_s:
+                raise TimeoutError(f"rank {self.rank}: no newcomer within {message.start_timeout_s:g} s")
+            sleep_s(NEWCOMER_POLL_S)
 
     def ghost_join(self, message: JoinMessage) -> None:
         """After the regroup: newcomers get their KV memory; in compiled mode all run one warm-up together."""
@@ -200,6 +215,10 @@ class GhostWorkerMixin:
             assert self._shadow is not None
             self._shadow.map_arena(message.geometry)
         self._page.mark(self.rank, Mark.KV_READY, monotonic_s())
+
+    def ghost_random_state(self) -> bytes:
+        """This rank's random states now; needed only where those after the last step were not recorded."""
+        return capture_random_state(self.model_runner).encode()
 
     def ghost_state(self, message: StateMessage) -> None:
         """Take on the request state before the failed step; steps of the new epoch are accepted again."""

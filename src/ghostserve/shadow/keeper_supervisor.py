@@ -98,7 +98,8 @@ class KeeperSupervisor:
             segment.close()
 
     def _run(self) -> None:
-        starts: deque[float] = deque()
+        starts: deque[float] = deque()  # those in the window
+        started_before = False
         while not self._closing:
             starts.append(monotonic_s())
             while starts[0] < starts[-1] - self._window_s:
@@ -109,8 +110,9 @@ class KeeperSupervisor:
                 )
                 self.control.keeper_given_up = True
                 break
-            if len(starts) > 1:
+            if started_before:
                 self.control.add(Counter.KEEPER_RESTARTS)
+            started_before = True
             try:
                 self._run_keeper()
             except Exception:  # counts as a death; the server itself needs no keeper

@@ -1,0 +1,102 @@
+"""Starts an executor's ranks: all of them with the server, or one in place of a lost one. Every wait has a bound."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import zmq
+from vllm import envs
+from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+from vllm.utils.ompmultiprocessing import OMPProcessManager
+from vllm.utils.torch_utils import set_torch_threads_for_runtime
+from vllm.v1.executor.multiproc_executor import WorkerProc, set_multiprocessing_worker_envs
+
+from ghostserve.engine.settings import Settings
+from ghostserve.engine.spawn import WorkerStart, fork_server, start_worker
+
+HANDSHAKE_S = 60.0
+
+
+class Starter:
+    """What is needed to start a rank's process, kept for as long as the server runs."""
+
+    def __init__(self, executor: Any, settings: Settings) -> None:
+        self._executor = executor
+        self._omp = OMPProcessManager(executor.vllm_config)
+        if cpus := self._cpus_of(0):
+            os.environ["OMP_NUM_THREADS"] = str(len(cpus))
+        self._context = fork_server(settings.preload_modules(executor.vllm_config))
+        self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
+
+    def start_all(self) -> None:
+        """Start every rank and wait until all are ready. Raises if one is not."""
+        executor = self._executor
+        set_multiprocessing_worker_envs(executor.local_world_size)
+        executor.rpc_broadcast_mq = MessageQueue(
+            executor.world_size,
+            executor.local_world_size,
+            max_chunk_bytes=envs.VLLM_MQ_MAX_CHUNK_BYTES_MB * 1024 * 1024,
+        )
+        init_method = executor.leftovers.init_method()
+        unready: list[Any] = []
+        try:
+            unready.extend(
+                self.start_rank(rank, init_method, join_at=None) for rank in range(executor.world_size)
+            )
+            executor.workers = WorkerProc.wait_for_ready(unready)
+            set_torch_threads_for_runtime()
+            executor.response_mqs = [worker.worker_response_mq for worker in executor.workers]
+            for queue in (executor.rpc_broadcast_mq, *executor.response_mqs):
+                shake_hands(queue, timeout_s=HANDSHAKE_S)
+        except BaseException:
+            for handle in unready:
+                if handle.death_writer is not None:
+                    handle.death_writer.close()
+                    handle.death_writer = None
+            executor._ensure_worker_termination([handle.proc for handle in unready])
+            raise
+
+    def start_rank(self, rank: int, init_method: str, *, join_at: int | None) -> Any:
+        """Start a process for a rank; `join_at` where it is to enter the ring, None at the server's start."""
+        executor = self._executor
+        executor.session.page.clear_marks(rank)
+        return start_worker(
+            self._context,
+            WorkerStart(
+                vllm_config=executor.vllm_config if join_at is None else self._newcomers_config(rank),
+                rank=rank,
+                local_rank=rank,
+                init_method=init_method,
+                input_shm_handle=executor.rpc_broadcast_mq.export_handle(),
+                shared_worker_lock=self._worker_lock,
+                is_driver_worker=executor._is_driver_worker(rank),
+                join_at=join_at,
+                cpus=self._cpus_of(rank),
+            ),
+        )
+
+    def _newcomers_config(self, rank: int) -> Any:
+        """The size of a newcomer's KV is known: a worker that is to find it out refuses where memory is in use."""
+        config = copy.copy(self._executor.vllm_config)
+        config.cache_config = copy.copy(config.cache_config)
+        tensors = self._executor.kv_cache_configs[rank].kv_cache_tensors
+        config.cache_config.kv_cache_memory_bytes = sum(tensor.size for tensor in tensors)
+        return config
+
+    def _cpus_of(self, rank: int) -> tuple[int, ...]:
+        """CPUs that vLLM binds a rank to; empty where it binds none."""
+        lists = getattr(self._omp, "cpu_lists", None)
+        return tuple(lists[rank]) if lists else ()
+
+
+def shake_hands(queue: Any, *, timeout_s: float) -> None:
+    """vLLM's handshake of a queue's two ends, bounded. Raises TimeoutError."""
+    queue.local_socket.setsockopt(zmq.RCVTIMEO, int(timeout_s * 1000))
+    try:
+        queue.wait_until_ready()
+    except zmq.Again:
+        raise TimeoutError(f"a worker did not connect within {timeout_s:g} s") from None
+    finally:
+        queue.local_socket.setsockopt(zmq.RCVTIMEO, -1)
