@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import cloudpickle
 from vllm import envs
@@ -127,7 +127,7 @@ class GhostExecutor(MultiprocExecutor):
 
     def note_segments(self) -> None:
         """Remember what named shared memory vLLM made, and whose it is."""
-        self.leftovers.note_all([os.getpid(), *(worker.proc.pid for worker in self.workers)])
+        self.leftovers.note_all([worker.proc.pid for worker in self.workers])
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         for config in kv_cache_configs:
@@ -144,6 +144,14 @@ class GhostExecutor(MultiprocExecutor):
 
     def start_worker_monitor(self, inline: bool = False) -> None:
         """Ours is another: a death is repaired, not the end."""
+
+    def end_without_server(self) -> NoReturn:
+        """The front process was killed: nobody can be served, so nothing may stay."""
+        logger.critical("the server process is gone: ending")
+        for worker in self.workers:
+            worker.proc.kill()
+        self.leftovers.remove_all()
+        os._exit(1)
 
     def shutdown(self) -> None:
         if not getattr(self, "shutting_down", False):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ RUN_DIRECTORY_ENV = "GHOSTSERVE_RUN_DIRECTORY"
 _PREFIX = "ghostserve-"
 _SEGMENTS = "segments.jsonl"
 _SHM = Path("/dev/shm")
+_QUEUES = re.compile(rf" {_SHM}/(psm_\S+)")
 
 
 def run_root() -> Path:
@@ -33,6 +36,10 @@ def make_run_directory() -> Path:
     sweep()
     directory = run_root() / f"{_PREFIX}{os.getpid()}-{_start_time(os.getpid())}"
     directory.mkdir(mode=0o700)
+    # Python's own sockets go there too, and its semaphores have its name; children inherit both.
+    multiprocessing.current_process()._config.update(  # type: ignore[attr-defined]
+        tempdir=str(directory), semprefix=f"/{directory.name}"
+    )
     return directory
 
 
@@ -40,17 +47,23 @@ def remove_run_directory(directory: Path) -> None:
     """Remove a server's directory and every segment noted in it."""
     for segment in _noted(directory):
         (_SHM / segment["name"]).unlink(missing_ok=True)
+    for semaphore in _SHM.glob(f"sem.{directory.name}-*"):
+        semaphore.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def sweep() -> None:
     """Remove what servers left whose front process is gone."""
     for directory in run_root().glob(f"{_PREFIX}*-*"):
-        pid, _, started = directory.name.removeprefix(_PREFIX).partition("-")
-        if pid.isdigit() and directory.is_dir() and _start_time(int(pid)) != started:
+        if directory.is_dir() and _owner_gone(directory):
             with contextlib.suppress(OSError):
                 if directory.stat().st_uid == os.getuid():
                     remove_run_directory(directory)
+
+
+def _owner_gone(directory: Path) -> bool:
+    pid, _, started = directory.name.removeprefix(_PREFIX).partition("-")
+    return pid.isdigit() and _start_time(int(pid)) != started
 
 
 def _start_time(pid: int) -> str:
@@ -59,7 +72,7 @@ def _start_time(pid: int) -> str:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "gone"
-    return fields[19]
+    return "gone" if fields[0] in "ZX" else fields[19]
 
 
 def _noted(directory: Path) -> Iterator[dict[str, str]]:
@@ -77,18 +90,33 @@ class Leftovers:
         self._directory = Path(directory) if directory else None
         self._segments: dict[int, set[str]] = {}  # who maps what
 
+    def note(self, name: str) -> None:
+        """A segment of this process, for all the others."""
+        self._segments[os.getpid()] = {name.lstrip("/")}
+        self._write_down(os.getpid(), name.lstrip("/"))
+
     def note_all(self, pids: list[int]) -> None:
-        """Note every named segment of vLLM's queues that these processes map; remove those that none maps."""
+        """Note every queue segment that these workers map; remove those that none maps any more."""
         known = {name for names in self._segments.values() for name in names}
-        self._segments = {pid: _mapped(pid) for pid in pids}
+        own = self._segments.get(os.getpid(), set())
+        self._segments = {os.getpid(): own, **{pid: _mapped(pid) for pid in pids}}
         for pid, names in self._segments.items():
             for name in names - known:
                 self._write_down(pid, name)
         for name in known.difference(*self._segments.values()):
             _unlink(name)
 
+    def server_gone(self) -> bool:
+        """Whether the front process has ended, in whatever way."""
+        return self._directory is not None and _owner_gone(self._directory)
+
+    def remove_all(self) -> None:
+        """In the front's place."""
+        if self._directory is not None:
+            remove_run_directory(self._directory)
+
     def remove_of(self, pid: int) -> None:
-        """The process was killed: unlink the segments that only it mapped."""
+        """The worker was killed: unlink the segments that no other worker maps."""
         names = self._segments.pop(pid, set())
         for name in names.difference(*self._segments.values()):
             _unlink(name)
@@ -114,13 +142,11 @@ class Leftovers:
 
 
 def _mapped(pid: int) -> set[str]:
-    """Names in /dev/shm of the queue segments that a process maps; empty if it is gone."""
+    """Names in /dev/shm that a process maps; empty if it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        return set(_QUEUES.findall(Path(f"/proc/{pid}/maps").read_text()))
     except OSError:
         return set()
-    paths = {line.split(maxsplit=5)[5] for line in lines if f" {_SHM}/psm_" in line}
-    return {path.removeprefix(f"{_SHM}/").removesuffix(" (deleted)") for path in paths}
 
 
 def _unlink(name: str) -> None:

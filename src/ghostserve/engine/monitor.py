@@ -1,4 +1,4 @@
-"""Notices a worker's death at once, also while the engine is idle.
+"""Notices a worker's death at once, also while the engine is idle; and the front's, half a second later.
 
 While a step is open the main thread repairs the group from within its wait; the monitor only repairs when
 nothing is open, under the same lock.
@@ -40,8 +40,12 @@ class Monitor:
         while not self._stopping.is_set():
             workers = list(self._executor.workers)
             multiprocessing.connection.wait([worker.proc.sentinel for worker in workers], WAIT_S)
+            if self._stopping.is_set():
+                return
+            if self._executor.leftovers.server_gone():
+                self._executor.end_without_server()
             dead = self._executor.ring.dead()
-            if not dead or self._stopping.is_set():
+            if not dead:
                 continue
             if self.noticed_at_s is None:
                 self.noticed_at_s = monotonic_s()

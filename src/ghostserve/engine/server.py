@@ -148,7 +148,7 @@ class _Engine(AsyncLLM):
     def shutdown(self, timeout: float | None = None) -> None:
         if not self._stopped:
             self._stopped = True
-            self.lost = bool(self.errored)
+            self.lost = hasattr(self, "engine_core") and bool(self.errored)
         super().shutdown(timeout)
 
 

@@ -39,6 +39,7 @@ class Starter:
             executor.local_world_size,
             max_chunk_bytes=envs.VLLM_MQ_MAX_CHUNK_BYTES_MB * 1024 * 1024,
         )
+        executor.leftovers.note(executor.rpc_broadcast_mq.buffer.shared_memory.name)
         init_method = executor.leftovers.init_method()
         unready: list[Any] = []
         try:
