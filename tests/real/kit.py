@@ -64,6 +64,7 @@ class Served:
 
     server: ServerProcess
     references: dict[Ask, StreamResult] = field(default_factory=dict)
+    _http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30.0, trust_env=False))
 
     # -- requests --------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class Served:
     # -- the server ------------------------------------------------------------------------------------
 
     def post(self, path: str, body: Any = None) -> Any:
-        answer = httpx.post(self.server.base_url + path, json=body, timeout=30.0)
+        answer = self._http.post(self.server.base_url + path, json=body)
         assert answer.is_success, f"{path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
 

@@ -6,7 +6,9 @@ possible. Each call opens a connection of its own, so calls may run in any numbe
 
 from __future__ import annotations
 
+import functools
 import json
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,11 +82,21 @@ class _StreamError(Exception):
     """The server reported an error, or the stream ended early; the message is for the reader."""
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Reading the certificates can take a second."""
+    return ssl.create_default_context()
+
+
+def _connect(base_url: str, api_key: str | None, limits: httpx.Timeout) -> httpx.Client:
+    return httpx.Client(
+        base_url=base_url, headers=auth_headers(api_key), timeout=limits, trust_env=False, verify=_tls()
+    )
+
+
 def first_model(base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> str:
     """The name of the first model that the server offers; raises httpx.HTTPError."""
-    with httpx.Client(
-        base_url=base_url, headers=auth_headers(api_key), timeout=timeout_s, trust_env=False
-    ) as http:
+    with _connect(base_url, api_key, httpx.Timeout(timeout_s)) as http:
         answer = http.get("/v1/models").raise_for_status()
     return str(answer.json()["data"][0]["id"])
 
@@ -145,9 +157,7 @@ def stream_completion(
     try:
         body["model"] = model or first_model(base_url, api_key=api_key)
         with (
-            httpx.Client(
-                base_url=base_url, headers=auth_headers(api_key), timeout=limits, trust_env=False
-            ) as http,
+            _connect(base_url, api_key, limits) as http,
             http.stream("POST", "/v1/completions", json=body) as answer,
         ):
             if answer.is_error:
