@@ -27,13 +27,17 @@ NOT_WANTED = {
 
 
 def first_screen_commands(text: str) -> list[str]:
-    """The commands in the code blocks before the first section, without comments, and without getting the source."""
+    """The commands in the code blocks before the first section, without comments, and without getting the source.
+
+    What is marked as text is no command: it shows what one prints.
+    """
     lines = text.partition("\n## ")[0].splitlines()
-    inside, commands = False, []
+    block: str | None = None
+    commands = []
     for line in lines:
         if line.startswith("```"):
-            inside = not inside
-        elif inside and (command := line.partition("#")[0].strip()):
+            block = line if block is None else None
+        elif block not in (None, "```text") and (command := line.partition("#")[0].strip()):
             commands.append(command)
     return [command for command in commands if not command.startswith(("git clone ", "cd "))]
 
@@ -56,6 +60,7 @@ def test_the_first_screen_has_two_commands() -> None:
         ("```\ngit clone x\ncd x\nmake demo  # now\n```\nmake no\n", ["make demo"]),
         ("```sh\npip install x\nmake demo\n```\n", ["pip install x", "make demo"]),
         ("text\n## Section\n```\nmake late\n```\n", []),
+        ("```text\nwhat it prints\n```\n```\nmake demo\n```\n", ["make demo"]),
     ],
 )
 def test_reading_the_first_screen(text: str, commands: list[str]) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import FrozenInstanceError, replace
 from itertools import product
-from threading import Thread
 
 import pytest
 
-from ghostserve.events import EventLog
 from ghostserve.recovery.detector import (
     RUNNING,
     Health,
@@ -215,55 +213,3 @@ def test_report_as_json() -> None:
 def test_report_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         report().ok = False  # type: ignore[misc]
-
-
-# ---- event log ----
-
-
-def test_story_of_a_request_includes_what_befell_the_server_meanwhile() -> None:
-    log = EventLog()
-    log.add(0.0, "started")
-    log.add(1.0, "admitted", request_id="a")
-    log.add(2.0, "admitted", request_id="b")
-    log.add(3.0, "ranks_lost", ranks=(1,))
-    log.add(4.0, "step_retried", request_ids=("a", "b"))
-    log.add(5.0, "finished", request_id="a")
-    log.add(6.0, "ranks_lost", ranks=(0,))
-    assert [e.kind for e in log.story("a")] == ["admitted", "ranks_lost", "step_retried", "finished"]
-    assert [e.at_s for e in log.story("b")] == [2.0, 3.0, 4.0]
-    assert log.story("c") == ()
-    assert len(log.story()) == 7
-    assert log.story()[3].line() == "3.000 ranks_lost ranks=(1,)"
-
-
-def test_the_log_is_bounded_and_counts_what_it_drops() -> None:
-    log = EventLog(events_max=10)
-    for i in range(25):
-        log.add(float(i), "tick" if i % 2 else "tock", number_of=i)
-    log.check()
-    statistics = log.statistics()
-    assert (statistics.added, statistics.kept, statistics.dropped) == (25, 10, 15)
-    assert statistics.by_kind == {"tock": 13, "tick": 12}
-    assert [e.number for e in log.story()] == list(range(15, 25))
-
-
-def test_field_names_do_not_clash_with_arguments() -> None:
-    assert EventLog().add(0.0, "x", now_s=1.0, kind="y").fields == {"now_s": 1.0, "kind": "y"}
-
-
-def test_any_thread_may_add() -> None:
-    log = EventLog(events_max=100)
-
-    def add_many(name: str) -> None:
-        for i in range(500):
-            log.add(float(i), name, request_id=name)
-            log.story(name)
-
-    threads = [Thread(target=add_many, args=(f"t{i}",)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-    log.check()
-    assert log.statistics().by_kind == {f"t{i}": 500 for i in range(4)}
