@@ -57,6 +57,13 @@ def sign_of_life(what: str, descriptor: int, silence_max_s: float = SILENCE_MAX_
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Importing torch takes its time."""
+    with sign_of_life("collecting tests", session.config.stash[TERMINAL]):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Say which test is running, while it is."""
     with sign_of_life(item.nodeid, item.config.stash[TERMINAL]):

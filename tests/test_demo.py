@@ -126,7 +126,7 @@ def test_an_engine_that_is_lost_exits_4(fake: Fake, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_demo_exits_130_and_stops_its_server(
     started: list[ServerProcess], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:

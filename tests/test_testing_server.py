@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -14,13 +15,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 
 from ghostserve.cli import main as cli
 from ghostserve.errors import GhostserveError, StartError, UsageError
 from ghostserve.testing.client import StopStreaming, first_model, stream_completion
 from ghostserve.testing.oracle import compare_choices
-from ghostserve.testing.server import ServerProcess, free_port
+from ghostserve.testing.server import OFFLINE_ENV, ServerProcess, free_port, server_environment
 from ghostserve.web.admin import AdminClient, error_sentence
 
 FAKE = [sys.executable, "-m", "ghostserve.testing.fake_server", "--token-s", "0.002", "--outage-s", "0.2"]
@@ -143,8 +145,10 @@ def test_a_server_of_somebody_else(tmp_path: Path) -> None:
     with ServerProcess(command, log_dir=tmp_path) as server:
         server.start()
         server.wait_ready(timeout_s=60)
-        with pytest.raises(GhostserveError, match="not run by ghostserve"):
+        with pytest.raises(GhostserveError, match=r"not run by ghostserve.*--protection none"):
             server.status()
+        with pytest.raises(GhostserveError, match=r"no TLS connection.*(?i:wrong.version|record)"):
+            AdminClient(server.base_url.replace("http:", "https:")).status()
 
 
 SOMEBODY_ELSE = """
@@ -172,6 +176,30 @@ def test_a_start_that_hangs_is_given_up(tmp_path: Path) -> None:
         with pytest.raises(StartError, match="not ready"):
             server.wait_ready(timeout_s=0.3)
     assert server.exit_code == -15
+
+
+def test_a_tls_failure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As httpx raises it: the cause is two errors deep."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        try:
+            refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
+            refused.verify_message = "self-signed certificate"
+            raise refused
+        except ssl.SSLError as error:
+            raise httpx.ConnectError("[SSL]") from error
+
+    monkeypatch.setattr(httpx.Client, "request", refuse)
+    with pytest.raises(GhostserveError, match=r"no TLS connection to https://localhost:1: self-signed"):
+        AdminClient("https://localhost:1").status()
+
+
+def test_the_environment_of_a_server() -> None:
+    theirs = {"VLLM_API_KEY": "x", "VLLM_PLUGINS": "a", "VLLM_USE_V2_MODEL_RUNNER": "1", "PATH": "/bin"}
+    inherited = server_environment(theirs, {})
+    assert inherited == {**OFFLINE_ENV, "PATH": "/bin"}
+    assert inherited["VLLM_API_KEY"] == ""
+    assert server_environment(theirs, {"VLLM_PLUGINS": "b"})["VLLM_PLUGINS"] == "b"
 
 
 LEAKY = """

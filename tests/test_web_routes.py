@@ -5,14 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from ghostserve.arena.control import ControlPage
 from ghostserve.arena.names import FaultAction, FaultPoint, Switch
-from ghostserve.errors import BudgetExceeded
+from ghostserve.cli.serve import mount
+from ghostserve.config import GhostConfig
+from ghostserve.errors import BudgetExceeded, UsageError
 from ghostserve.testing.fake_engine import FakeEngine
 from ghostserve.testing.fake_server import build_app
 from ghostserve.web.bodies import BODY_BYTES_MAX
@@ -149,6 +154,58 @@ def test_the_network_cannot_post_without_a_key(connect: Connect, path: str, body
     assert connect(client=("10.0.0.7", 1)).post(path, json=body).status_code == 403
 
 
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Forwarded-Proto", "X-Real-IP", "Via"])
+def test_a_proxy_on_this_machine_is_not_the_operator(
+    connect: Connect, engine: FakeEngine, header: str
+) -> None:
+    """uvicorn takes the client from X-Forwarded-For, which anybody can write, so that it proves nothing."""
+    headers = {header: "127.0.0.1"}
+    for path, body in POSTS:
+        assert connect().post(path, json=body, headers=headers).status_code == 403
+    assert connect().get("/ghostserve/status", headers=headers).status_code == 403
+    assert all(worker.poll() is None for worker in engine.workers)
+    keyed = headers | {"Authorization": "Bearer secret"}
+    assert connect(api_keys=("secret",)).get("/ghostserve/status", headers=keyed).status_code == 200
+
+
+def mounted(engine: FakeEngine, api_key: object) -> TestClient:
+    app = FastAPI()
+    arguments = Namespace(api_key=api_key, host="127.0.0.1")
+    mount(app, cast(ControlPage, engine), arguments, GhostConfig())
+    return TestClient(app, base_url="http://127.0.0.1:8000", client=LOCAL)
+
+
+@pytest.mark.parametrize("api_key", [None, [], [""], [None], ""])
+def test_an_empty_key_counts_as_none(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, api_key: object
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert mounted(engine, api_key).get("/ghostserve/status").status_code == 200
+
+
+@pytest.mark.parametrize(("api_key", "accepted"), [(["flag", ""], "flag"), ("flag", "flag"), (None, "env")])
+def test_the_flag_wins_over_the_environment(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, api_key: object, accepted: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "env")
+    client = mounted(engine, api_key)
+    for key, status in {"flag": 401, "env": 401, "": 401, accepted: 200}.items():
+        headers = {"Authorization": f"Bearer {key}"}
+        assert client.get("/ghostserve/status", headers=headers).status_code == status
+
+
+def test_a_key_that_no_client_can_send_is_refused(engine: FakeEngine) -> None:
+    with pytest.raises(UsageError, match="ASCII"):
+        mounted(engine, ["schlüssel"])
+
+
+def test_without_protection_there_are_no_routes() -> None:
+    app = FastAPI()
+    before = len(app.routes)
+    mount(app, None, Namespace(api_key=None, host=None), GhostConfig())
+    assert len(app.routes) == before
+
+
 @pytest.mark.parametrize("header", ["Origin", "Host", "Sec-Fetch-Site"])
 def test_a_doubled_header_is_refused(connect: Connect, header: str) -> None:
     good = {"Origin": "http://127.0.0.1:8000", "Host": "127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}[
@@ -238,7 +295,9 @@ def test_a_bad_switch_sets_none(connect: Connect, engine: FakeEngine, body: dict
 def test_the_page_is_open_and_holds_no_data(connect: Connect) -> None:
     client = connect(api_keys=("secret",), client=("10.0.0.7", 1))
     assert client.get("/ui").status_code == 200
-    prompts = client.get("/ui/prompts.json").json()
+    assert client.get("/ui/prompts.json").status_code == 401
+    headers = {"Authorization": "Bearer secret"}
+    prompts = client.get("/ui/prompts.json", headers=headers).json()
     assert prompts
     assert all(prompt["prompt"] for prompt in prompts)
 

@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from ghostserve.errors import UsageError
 from ghostserve.web.security import (
     AccessPolicy,
     RequestFacts,
     access_refusal,
+    demand_sendable_key,
     is_loopback,
     key_is_accepted,
+    names_a_proxy,
     split_host,
 )
 
@@ -111,9 +114,38 @@ def test_loopback_needs_the_key_too_where_there_is_one(authorization: str | None
 
 def test_keys() -> None:
     assert key_is_accepted("Bearer first", ["first"])
-    assert key_is_accepted("bearer schlüssel", ["x", "schlüssel"])
+    assert key_is_accepted("bearer second", ["first", "second"])
     assert not key_is_accepted("Bearer first", [])
     assert not key_is_accepted("Bearer \udcff", ["first"])
+
+
+@pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer "])
+def test_an_empty_key_is_never_accepted(authorization: str | None) -> None:
+    assert not key_is_accepted(authorization, [""])
+    assert not key_is_accepted(authorization, ["first", ""])
+
+
+def test_a_key_must_fit_a_header() -> None:
+    demand_sendable_key("sk-first ~")
+    for key in ("schlüssel", "a\nb", "\udcff", "tab\t"):
+        with pytest.raises(UsageError, match="ASCII") as raised:
+            demand_sendable_key(key)
+        assert key not in str(raised.value)
+
+
+def test_without_a_key_no_proxy_is_served() -> None:
+    refusal = access_refusal(replace(CURL, forwarded=True), OPEN)
+    assert refusal is not None
+    assert refusal.status == 403
+    assert access_refusal(replace(CURL, forwarded=True, authorization="Bearer first"), KEYED) is None
+
+
+@pytest.mark.parametrize(
+    "header", ["Forwarded", "X-Forwarded-For", "x-forwarded-host", "X-FORWARDED-PROTO", "X-Real-IP", "Via"]
+)
+def test_headers_of_proxies(header: str) -> None:
+    assert names_a_proxy(header)
+    assert not names_a_proxy("Not-" + header)
 
 
 def test_loopback_names() -> None:

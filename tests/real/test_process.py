@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ghostserve.cli import main as cli
+from ghostserve.clock import monotonic_s, sleep_s
 from real import families, kit
 from real.kit import TINY, Ask, Hurt
 
@@ -52,10 +55,40 @@ def test_a_refusal_as_a_process() -> None:
     assert "--async-scheduling" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "no-such.yaml"),
+        ("tensor-parallel-size: [", "config"),
+        ("pipeline-parallel-size: 2", "pipeline"),
+    ],
+)
+def test_a_bad_configuration_file(
+    tmp_path: Path, text: str | None, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / ("no-such.yaml" if text is None else "config.yaml")
+    if text is not None:
+        file.write_text(text)
+    assert cli.main(["serve", str(TINY), f"--config={file}"]) == 2
+    assert says in capfd.readouterr().err
+
+
+def test_ctrl_c_while_starting(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        command = kit.ghostserve_command(TINY, "--enforce-eager", "--kv-cache-memory-bytes", "268435456")
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        deadline_s = monotonic_s() + 60
+        while "Initializing a V1 LLM engine" not in (tmp_path / "log").read_text():
+            assert monotonic_s() < deadline_s, (tmp_path / "log").read_text()[-2000:]
+            sleep_s(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(60) == 130, (tmp_path / "log").read_text()[-2000:]
+
+
 def test_a_missing_model() -> None:
     done = ghostserve("serve", "/no/such/model", "--tensor-parallel-size", "2", "--enforce-eager")
-    assert done.returncode in (2, 3)
-    assert "/no/such/model" in done.stderr
+    assert done.returncode == 2
+    assert "/no/such/model" in done.stderr.splitlines()[-1]
 
 
 def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ import json
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ghostserve.cli.arguments import new_parser
 from ghostserve.cli.demo_report import DemoRun, build_report, failures, headline
 from ghostserve.cli.demo_run import MODEL_NAME, MODELS_DIR, raise_if_lost, run
+from ghostserve.cli.demo_scratch import scratch_directory
 from ghostserve.cli.demo_view import View
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import UsageError
@@ -64,11 +64,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options.at_token = options.max_tokens * 2 // 3 if options.at_token is None else options.at_token
     if not 1 <= options.at_token < options.max_tokens:
         raise UsageError(f"--at-token {options.at_token} is outside 1 to {options.max_tokens - 1}")
+    if options.port is not None and not 1 <= options.port <= 65535:
+        raise UsageError(f"--port {options.port} is outside 1 to 65535")
     return options
 
 
 def demo_server(options: argparse.Namespace, log_dir: Path) -> ServerProcess:
-    """The server that the demo runs on, not started yet."""
+    """The server that the demo runs on, not started yet. Raises UsageError if its log cannot be written."""
     flags = {
         "--served-model-name": MODEL_NAME,
         "--tensor-parallel-size": str(options.tensor_parallel_size),
@@ -82,8 +84,16 @@ def demo_server(options: argparse.Namespace, log_dir: Path) -> ServerProcess:
     for flag, value in flags.items():
         command += [flag, value]
     if options.log_file is not None:
-        options.log_file.parent.mkdir(parents=True, exist_ok=True)
+        _prepare_log(options.log_file)
     return ServerProcess(command, log_dir=log_dir, log_file=options.log_file, port=options.port)
+
+
+def _prepare_log(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"--log-file {path} cannot be written: {error.strerror}") from None
 
 
 def _shorten(log_line: str) -> str:
@@ -125,21 +135,40 @@ def stay(server: ServerProcess, view: View) -> None:
             sleep_s(0.5)
     except KeyboardInterrupt:
         return
-    raise_if_lost(server)
+    with view.filling_silence(lambda: "the server ended; waiting for its exit status"):
+        raise_if_lost(server)
+
+
+def stop(server: ServerProcess, view: View) -> None:
+    """Stop the server, come what may: whoever reads the view may be gone by now."""
+    try:
+        with suppress(OSError):
+            view.detail("stopping the server")
+        with view.filling_silence(lambda: "still stopping the server"):
+            server.stop()
+    finally:
+        server.kill_tree()  # does nothing more unless the stop was interrupted
 
 
 @contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
-    """Have SIGTERM unwind the stack, so that the server is stopped then too. Main thread only."""
+def _signals_like_ctrl_c() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP unwind the stack, so that the server is stopped then too. Main thread only."""
 
-    def interrupt(_number: int, _frame: object) -> None:
+    def interrupt(number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            # It may come twice, from the kernel and from the shell; the second must not cut the end short.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -147,8 +176,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     out = sys.stderr if options.json else sys.stdout
     view = View(out, show_text=not options.json, colour=out.isatty())
-    with _sigterm_like_ctrl_c(), tempfile.TemporaryDirectory(prefix="ghostserve-demo-") as log_dir:
-        server = demo_server(options, Path(log_dir))
+    with _signals_like_ctrl_c(), scratch_directory() as log_dir:
+        server = demo_server(options, log_dir)
         try:
             start(server, view, ranks=options.tensor_parallel_size)
             found = run(
@@ -164,5 +193,4 @@ def main(argv: Sequence[str]) -> int:
                 stay(server, view)
             return code
         finally:
-            view.detail("stopping the server")
-            server.stop()
+            stop(server, view)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ class Kill:
         except GhostserveError as error:
             self.error = str(error)
             return
-        self.view.bad(f"✗ SIGKILL to rank {self.rank} (pid {self.pid}) after token {self.sent_at_token}")
+        with suppress(OSError):  # the reader is gone; the main thread finds out when it writes
+            self.view.bad(f"✗ SIGKILL to rank {self.rank} (pid {self.pid}) after token {self.sent_at_token}")
 
 
 def demo_prompt() -> str:
@@ -131,26 +133,31 @@ def run(
     """
     view.step(f"1 of 2: {max_tokens} tokens, nobody is killed")
     reference = stream(server, view, max_tokens=max_tokens, salt="reference", kill=None)
-    raise_if_lost(server)
-    if reference.error is not None:
-        raise GhostserveError(f"the unfailed run broke: {reference.error}")
-    if server.status()["recoveries_total"]:
-        raise GhostserveError("a worker died in the run that was to be the unfailed one")
+    with view.filling_silence(lambda: "asking the server how it is"):
+        raise_if_lost(server)
+        if reference.error is not None:
+            raise GhostserveError(f"the unfailed run broke: {reference.error}")
+        if server.status()["recoveries_total"]:
+            raise GhostserveError("a worker died in the run that was to be the unfailed one")
     view.step(
         f"2 of 2: the same request; rank {rank} is killed at token {at_token}"
         + ("" if restore else ", and its KV is not restored")
     )
-    server.set_switch("skip_restore", not restore)
+    with view.filling_silence(lambda: "preparing the server for the kill"):
+        server.set_switch("skip_restore", not restore)
+        server.record_processes()
     kill = Kill(server, view, rank, at_token)
-    server.record_processes()
     faulted = stream(server, view, max_tokens=max_tokens, salt="faulted", kill=kill)
-    raise_if_lost(server)
-    pid, sent_s, sent_at_token = kill.wait_sent()
-    state = wait_until(server, is_settled, timeout_s=BOUND_TIMEOUT_S)
-    bound_held = bool(state["shadow"]["bound_holds"])
-    if recovery_of(state, pid) is None:
-        state = wait_until(server, lambda now: recovery_of(now, pid) is not None, timeout_s=REPORT_TIMEOUT_S)
-    server.set_switch("skip_restore", False)
+    with view.filling_silence(lambda: "waiting for the server's report of the recovery"):
+        raise_if_lost(server)
+        pid, sent_s, sent_at_token = kill.wait_sent()
+        state = wait_until(server, is_settled, timeout_s=BOUND_TIMEOUT_S)
+        bound_held = bool(state["shadow"]["bound_holds"])
+        if recovery_of(state, pid) is None:
+            state = wait_until(
+                server, lambda now: recovery_of(now, pid) is not None, timeout_s=REPORT_TIMEOUT_S
+            )
+        server.set_switch("skip_restore", False)
     return DemoRun(
         killed_rank=rank,
         killed_pid=pid,

@@ -68,7 +68,10 @@ class View:
         def watch() -> None:
             while not done.wait(0.25):
                 if monotonic_s() - self._written_s >= SILENCE_MAX_S:
-                    self.detail(f"  … {what()}")
+                    try:
+                        self.detail(f"  … {what()}")
+                    except OSError:
+                        return  # the reader is gone; the main thread finds out when it writes
 
         watcher = threading.Thread(target=watch, name="demo-silence", daemon=True)
         watcher.start()

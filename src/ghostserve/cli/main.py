@@ -12,11 +12,12 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import ghostserve
 from ghostserve.cli.platform_check import demand_supported_platform, read_platform
-from ghostserve.errors import GhostserveError, UsageError
+from ghostserve.errors import GhostserveError, UnsupportedError, UsageError
 
 EXIT_INTERRUPTED = 130
 VERBS = {
@@ -27,6 +28,10 @@ VERBS = {
 }
 NEEDS_PLATFORM = frozenset({"serve", "demo"})
 """The verbs that start a server here; the others only ask one, which may be elsewhere."""
+HELP = frozenset({"-h", "--help"})
+ONLY_TELLS = HELP | {"help", "-V", "--version", "status"}
+"""What is done once it has said what it knows, whether or not anyone read it to the end."""
+EXIT_UNHEARD = 1
 
 
 def version_line() -> str:
@@ -57,7 +62,7 @@ def run_verb(argv: Sequence[str]) -> int:
     if not argv:
         raise UsageError(f"name a verb: {', '.join(VERBS)} (try 'ghostserve --help')")
     verb, *rest = argv
-    if verb in ("-h", "--help", "help"):
+    if verb in HELP or verb == "help":
         print(help_text())
         return 0
     if verb in ("-V", "--version"):
@@ -67,11 +72,23 @@ def run_verb(argv: Sequence[str]) -> int:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "try 'ghostserve --help'"
         raise UsageError(f"there is no verb {verb!r}; {hint}")
-    if verb in NEEDS_PLATFORM and not {"-h", "--help"} & set(rest):
+    if verb in NEEDS_PLATFORM and not HELP & set(rest):
         demand_supported_platform()
-    module = importlib.import_module(f"ghostserve.cli.{verb}")
-    code: int = module.main(rest)
+    with _missing_packages_as_ours():
+        module = importlib.import_module(f"ghostserve.cli.{verb}")
+        code: int = module.main(rest)
     return code
+
+
+@contextmanager
+def _missing_packages_as_ours() -> Iterator[None]:
+    """Turn the ImportError of somebody else's package into UnsupportedError; one of ours is a bug."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "ghostserve":
+            raise
+        raise UnsupportedError(f"a package is missing or broken ({error}): run 'make install'") from error
 
 
 def _exit_code(argv: Sequence[str]) -> int:
@@ -90,15 +107,26 @@ def _exit_code(argv: Sequence[str]) -> int:
         return request.code or 0
 
 
+def code_unheard(argv: Sequence[str]) -> int:
+    """The exit code where the reader went away, as `head` does: 0 only if telling was all there was to do.
+
+    A demo that was cut short has checked nothing and must not pass for a success.
+    """
+    told = bool(argv) and (argv[0] in ONLY_TELLS or bool(HELP & set(argv)))
+    return 0 if told else EXIT_UNHEARD
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors go to standard error as one line each."""
+    words = sys.argv[1:] if argv is None else argv
+    code = 0
     try:
-        code = _exit_code(sys.argv[1:] if argv is None else argv)
+        code = _exit_code(words)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader went away, as `head` does: nothing is wrong, and nothing more can be said.
+        # Or the interpreter would fail in the same way when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return code or code_unheard(words)
     return code
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghostserve.arena.control import ControlPage
 from ghostserve.config import GhostConfig
+from ghostserve.web.security import demand_sendable_key
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,15 +24,28 @@ def main(argv: Sequence[str]) -> int:
 
 
 def mount(app: Any, page: ControlPage | None, arguments: Namespace, config: GhostConfig) -> None:
-    """Add our routes to vLLM's app. Without protection there is nothing to show."""
+    """Add our routes to vLLM's app. Without protection there is nothing to show. Raises UsageError."""
     if page is None:
         return
     from ghostserve.web.routes import build_router
 
-    keys = arguments.api_key or [key for key in (os.environ.get("VLLM_API_KEY"),) if key]
-    keys = [keys] if isinstance(keys, str) else list(keys)
     app.include_router(
         build_router(
-            page, api_keys=keys, fault_injection=config.enable_fault_injection, bound_host=arguments.host
+            page,
+            api_keys=api_keys_of(arguments, os.environ),
+            fault_injection=config.enable_fault_injection,
+            bound_host=arguments.host,
         )
     )
+
+
+def api_keys_of(arguments: Namespace, environment: Mapping[str, str]) -> list[str]:
+    """The keys that vLLM's own routes accept; an empty one counts as none, as it does for vLLM.
+
+    Raises UsageError for a key that no client could send.
+    """
+    given = arguments.api_key or [environment.get("VLLM_API_KEY")]
+    keys = [key for key in ([given] if isinstance(given, str) else given) if key]
+    for key in keys:
+        demand_sendable_key(key)
+    return keys

@@ -52,8 +52,6 @@ def _rank_lines(state: Mapping[str, Any]) -> list[str]:
 
 
 def _shadow_lines(shadow: Mapping[str, Any]) -> list[str]:
-    if shadow["protection"] == "none":
-        return ["shadow    off (--protection none): a loss is answered by recomputing"]
     held = shadow["parity_bytes"] + shadow["mirror_bytes"]
     bound = "holds" if shadow["bound_holds"] else "DOES NOT HOLD"
     return [

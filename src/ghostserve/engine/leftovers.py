@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -22,6 +23,7 @@ RUN_DIRECTORY_ENV = "GHOSTSERVE_RUN_DIRECTORY"
 _PREFIX = "ghostserve-"
 _SEGMENTS = "segments.jsonl"
 _SHM = Path("/dev/shm")
+_QUEUE = re.compile(r"psm_\w+")
 _QUEUES = re.compile(rf" {_SHM}/(psm_\S+)")
 
 
@@ -45,20 +47,24 @@ def make_run_directory() -> Path:
 
 def remove_run_directory(directory: Path) -> None:
     """Remove a server's directory and every segment noted in it."""
-    for segment in _noted(directory):
-        (_SHM / segment["name"]).unlink(missing_ok=True)
+    for name in _noted(directory):
+        (_SHM / name).unlink(missing_ok=True)
     for semaphore in _SHM.glob(f"sem.{directory.name}-*"):
         semaphore.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def sweep() -> None:
-    """Remove what servers left whose front process is gone."""
+    """Remove what servers left whose front process is gone: in directories of ours, never through a link."""
     for directory in run_root().glob(f"{_PREFIX}*-*"):
-        if directory.is_dir() and _owner_gone(directory):
-            with contextlib.suppress(OSError):
-                if directory.stat().st_uid == os.getuid():
-                    remove_run_directory(directory)
+        with contextlib.suppress(OSError):
+            if _is_ours(directory) and _owner_gone(directory):
+                remove_run_directory(directory)
+
+
+def _is_ours(directory: Path) -> bool:
+    status = directory.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
 
 
 def _owner_gone(directory: Path) -> bool:
@@ -75,11 +81,14 @@ def _start_time(pid: int) -> str:
     return "gone" if fields[0] in "ZX" else fields[19]
 
 
-def _noted(directory: Path) -> Iterator[dict[str, str]]:
+def _noted(directory: Path) -> Iterator[str]:
+    """Names in /dev/shm; whatever else the file holds is passed over."""
     with contextlib.suppress(OSError):
         for line in (directory / _SEGMENTS).read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                name = json.loads(line)["name"]
+                if isinstance(name, str) and _QUEUE.fullmatch(name):
+                    yield name
 
 
 class Leftovers:

@@ -51,6 +51,18 @@ def refuse_unsupported_kv(kv_cache_config: Any) -> None:
             )
 
 
+def refuse_other_servers(arguments: Namespace) -> None:
+    """Raise UnsupportedError for flags that ask vLLM for another kind of front than the one we run."""
+    others = {
+        "--api-server-count > 1": (arguments.api_server_count or 1) > 1,
+        "--headless": bool(arguments.headless),
+        "--grpc": bool(arguments.grpc),
+    }
+    for what, given in others.items():
+        if given:
+            raise UnsupportedError(f"{what}: ghostserve runs one HTTP server; leave it out")
+
+
 def refuse_arguments(arguments: Namespace, environ: Mapping[str, str]) -> None:
     """Raise UsageError for flags that ask for what we replace or do not do yet."""
     refusals = {
@@ -68,9 +80,6 @@ def refuse_arguments(arguments: Namespace, environ: Mapping[str, str]) -> None:
         "--async-scheduling": arguments.async_scheduling is True,
         "--pipeline-parallel-size > 1": arguments.pipeline_parallel_size > 1,
         "--data-parallel-size > 1": arguments.data_parallel_size > 1,
-        "--api-server-count > 1": (arguments.api_server_count or 1) > 1,
-        "--headless": bool(arguments.headless),
-        "--grpc": bool(arguments.grpc),
         "--kv-transfer-config": arguments.kv_transfer_config is not None,
         "VLLM_USE_V2_MODEL_RUNNER=1": environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
     }

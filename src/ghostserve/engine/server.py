@@ -34,15 +34,17 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from ghostserve.arena.control import ControlPage
 from ghostserve.config import CONFIG_ENV, GhostConfig
 from ghostserve.engine import leftovers, logs
-from ghostserve.engine.limits import refuse_arguments, refuse_unsupported
+from ghostserve.engine.interrupts import felt_at_once
+from ghostserve.engine.limits import refuse_arguments, refuse_other_servers, refuse_unsupported
 from ghostserve.engine.platform import PLATFORM_ENV
 from ghostserve.engine.settings import Settings
-from ghostserve.errors import EngineLost, StartError, UsageError
+from ghostserve.errors import EngineLost, GhostserveError, StartError, UnsupportedError, UsageError
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 
 logger = logging.getLogger(__name__)
 
 KEEPER_START_S = 10.0
+RUN_DIRECTORY_CHARS_MAX = 107 - len("/") - 36  # a Unix socket's path, less vLLM's file name (a UUID)
 
 # Called with the app, the control page (None without protection), the parsed arguments and our configuration.
 Mount = Callable[[Any, ControlPage | None, Namespace, GhostConfig], None]
@@ -55,19 +57,32 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, GhostConfig]:
         "serve",
         usage="ghostserve serve MODEL [options]",
         description="Serve a model over the OpenAI API; a worker that dies is replaced in place.",
+        epilog="ghostserve's own flags: --help=ghostserve",
     )
     serve = make_arg_parser(serve)
     serve.set_defaults(host="127.0.0.1")
     GhostConfig.add_arguments(serve)
     try:
-        arguments = parser.parse_args(["serve", *argv])
+        arguments = parser.parse_args(["serve", *_spread_config(argv)])
         if arguments.model_tag is not None:
             arguments.model = arguments.model_tag
         config = GhostConfig.from_arguments(arguments)
         validate_parsed_serve_args(arguments)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from None
+    except GhostserveError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from None
+    except Exception as error:  # vLLM's parser raises many kinds for a bad file or value
+        raise UsageError(f"{type(error).__name__}: {error}" if str(error) else repr(error)) from None
     return arguments, config
+
+
+def _spread_config(argv: Sequence[str]) -> list[str]:
+    """`--config=FILE` as two words: vLLM's parser passes over the one."""
+    words: list[str] = []
+    for word in argv:
+        words += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
+    return words
 
 
 def serve(argv: Sequence[str], mount: Mount) -> int:
@@ -75,16 +90,19 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
     arguments, config = parse_arguments(argv)
     configure_logging_from_args(arguments)
     logs.join_vllm()
+    refuse_other_servers(arguments)
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
         return _run(arguments, config, mount, page=None)
     refuse_arguments(arguments, os.environ)
+    _demand_our_platform()
     Settings(config=config).memory_budget_bytes()
     _use_our_parts(arguments, config)
     directory = leftovers.make_run_directory()
     try:
         os.environ[leftovers.RUN_DIRECTORY_ENV] = str(directory)
-        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(directory))
+        if len(str(directory)) <= RUN_DIRECTORY_CHARS_MAX:
+            os.environ.setdefault("VLLM_RPC_BASE_PATH", str(directory))
         with KeeperSupervisor() as keeper:
             keeper.wait_ready(timeout_s=KEEPER_START_S)
             os.environ.update(keeper.environment())
@@ -110,6 +128,16 @@ def _use_our_parts(arguments: Namespace, config: GhostConfig) -> None:
     logger.info("Model Runner V1 and synchronous scheduling are set: others cannot be recovered yet")
 
 
+def _demand_our_platform() -> None:
+    """Stock collectives on a CPU spin for ever when a peer dies."""
+    from ghostserve.engine.platform_cpu import GhostCpuPlatform
+
+    if current_platform.is_cpu() and not isinstance(current_platform, GhostCpuPlatform):
+        raise UnsupportedError(
+            "vLLM did not load ghostserve's platform plugin: name ghostserve_cpu in VLLM_PLUGINS too, or unset it"
+        )
+
+
 def _share_cpus(ranks: int) -> str:
     """CPUs per rank as vLLM writes them, `0,1|2,3`: its own choice needs a NUMA node per rank."""
     cpus = sorted(os.sched_getaffinity(0))
@@ -122,12 +150,8 @@ def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: Contr
     server = _Server(arguments, config, mount, page)
     try:
         uvloop.run(server.run())
-    except (UsageError, KeyboardInterrupt):
+    except (GhostserveError, KeyboardInterrupt):
         raise
-    except OSError as error:
-        raise StartError(
-            f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}"
-        ) from None
     except Exception as error:
         if server.serving:
             raise
@@ -169,8 +193,13 @@ class _Server:
     async def run(self) -> None:
         """Bind, start the engine, serve."""
         arguments = self._arguments
-        signal.signal(signal.SIGTERM, _interrupt_start)
-        address, sock = setup_server(arguments, reuse_port=False)
+        try:
+            address, sock = setup_server(arguments, reuse_port=False)
+        except OSError as error:
+            place = arguments.uds or f"{arguments.host}:{arguments.port}"
+            raise StartError(f"cannot listen on {place}: {error.strerror or error}") from None
+        except (OverflowError, KeyError) as error:
+            raise UsageError(str(error)) from None
         try:
             if arguments.tool_parser_plugin and len(arguments.tool_parser_plugin) > 3:
                 ToolParserManager.import_tool_parser(arguments.tool_parser_plugin)
@@ -190,13 +219,14 @@ class _Server:
             raise UsageError(str(error)) from None
         if self._page is not None:
             refuse_unsupported(vllm_config)
-        engine = _Engine.from_vllm_config(
-            vllm_config=vllm_config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=engine_args.enable_log_requests,
-            aggregate_engine_logging=engine_args.aggregate_engine_logging,
-            disable_log_stats=engine_args.disable_log_stats,
-        )
+        with felt_at_once():
+            engine = _Engine.from_vllm_config(
+                vllm_config=vllm_config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=engine_args.enable_log_requests,
+                aggregate_engine_logging=engine_args.aggregate_engine_logging,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
         try:
             await engine.reset_mm_cache()
             yield engine
@@ -248,7 +278,3 @@ class _Server:
             os.kill(os.getpid(), signal.SIGTERM)
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
-
-
-def _interrupt_start(*_: Any) -> None:
-    raise KeyboardInterrupt("terminated")

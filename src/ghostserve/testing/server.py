@@ -22,9 +22,18 @@ from ghostserve.errors import GhostserveError, StartError
 from ghostserve.testing.leaks import Leaks, NamesBefore, ProcessMark, family_of, session_of
 from ghostserve.web.admin import AdminClient
 
-OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
-"""No look-up of models, no reports, and none of the 1.5 s that Dynamo takes for one helper in each process.
+OFFLINE_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_API_KEY": "",
+}
+"""No look-up of models, no reports, none of the 1.5 s that Dynamo takes for one helper in each process, and
+no key of the caller's own, which our client would not send.
 """
+
+NOT_INHERITED = frozenset({"VLLM_USE_V2_MODEL_RUNNER", "VLLM_PLUGINS"})
+"""What the caller may have set for servers of their own, and ours refuses or cannot start with."""
 
 HOST = "127.0.0.1"
 POLL_S = 0.1
@@ -56,11 +65,17 @@ def stock_command(model: str | Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags]
 
 
+def server_environment(inherited: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a server under test; `own` wins over everything."""
+    kept = {name: value for name, value in inherited.items() if name not in NOT_INHERITED}
+    return {**kept, **OFFLINE_ENV, **own}
+
+
 class ServerProcess:
     """One server from start to stop; a context manager that stops it.
 
     `command` is completed by `--host` and `--port`; its output goes to `server-PORT.log` in `log_dir`, or to
-    `log_file`. `env` is laid over the caller's environment and OFFLINE_ENV.
+    `log_file`. `env` is laid over the caller's environment, less NOT_INHERITED, and OFFLINE_ENV.
     """
 
     def __init__(
@@ -79,7 +94,7 @@ class ServerProcess:
         self.admin = AdminClient(self.base_url, api_key=api_key)
         self.exit_code: int | None = None
         self._command = [*command, "--host", HOST, "--port", str(self.port)]
-        self._env = {**os.environ, **OFFLINE_ENV, **(env or {})}
+        self._env = server_environment(os.environ, env or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._family: set[ProcessMark] = set()
         self._before = NamesBefore.now()

@@ -7,6 +7,7 @@ do.
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from ghostserve.errors import GhostserveError, UsageError
-from ghostserve.web.security import is_loopback
+from ghostserve.web.security import demand_sendable_key, is_loopback
 
 TIMEOUT_S = 10.0
 
@@ -42,16 +43,16 @@ class AdminClient:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        """Nothing is sent yet; UsageError unless `url` is an http or https URL."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
+        """Nothing is sent yet; UsageError unless `url` is an http or https URL and the key can be sent."""
+        host = _host_of(url)
+        if api_key:
+            demand_sendable_key(api_key)
         self.url = url.rstrip("/")
         # Set up once, so that a kill is not late; no connection is kept, so that none is found stale.
         self._http = httpx.Client(
             headers=auth_headers(api_key),
             timeout=timeout_s,
-            trust_env=not is_loopback(parts.hostname),
+            trust_env=not is_loopback(host),
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
@@ -80,6 +81,11 @@ class AdminClient:
         try:
             answer = self._http.request(method, self.url + path, json=body)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            tls = _tls_failure(error)
+            if tls is not None:
+                raise GhostserveError(
+                    f"no TLS connection to {self.url}: {tls}; check its certificate, and whether it is http"
+                ) from error
             raise GhostserveError(
                 f"no server answers at {self.url} ({type(error).__name__}); start one with "
                 "'ghostserve serve MODEL', or name its address with --url"
@@ -87,12 +93,38 @@ class AdminClient:
         if answer.status_code == 422:
             raise UsageError(error_sentence(answer.content))
         if answer.status_code == 404:
-            raise GhostserveError(f"the server at {self.url} is not run by ghostserve: it has no {path}")
+            raise GhostserveError(
+                f"the server at {self.url} has no ghostserve routes: it is not run by ghostserve, or runs "
+                "with --protection none"
+            )
         if answer.status_code == 401:
             raise GhostserveError("the API key is missing or wrong; give it with --api-key")
         if answer.is_error:
             raise GhostserveError(f"{error_sentence(answer.content)} (HTTP {answer.status_code})")
         return _as_object(answer)
+
+
+def _host_of(url: str) -> str:
+    """The host that an http or https URL names; raises UsageError for any other text."""
+    try:
+        parts = urlsplit(url)
+        httpx.URL(url)  # stricter about the host, and used later
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+        reason = ""
+    except (ValueError, httpx.InvalidURL) as error:
+        reason = f" ({error})"
+    raise UsageError(f"{url!r} is not a URL such as http://127.0.0.1:8000{reason}")
+
+
+def _tls_failure(error: BaseException) -> str | None:
+    """What TLS found wrong, if that is the cause behind this error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return str(getattr(cause, "verify_message", "") or cause.reason or cause)
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _as_object(answer: httpx.Response) -> dict[str, Any]:

@@ -8,7 +8,11 @@ be injected.
     POST /ghostserve/kill      {"rank": R}                         the same, and --enable-fault-injection
     POST /ghostserve/faults    {"point", "rank", "action", "skip"} the same; DELETE disarms all
     POST /ghostserve/switches  {NAME: true | false, ...}           the same
-    GET  /ui, /ui/prompts.json the page and its prompts            open: static files without any data
+    GET  /ui/prompts.json      the page's prompts                  key, or loopback
+    GET  /ui                   the page: one file without data     open
+
+`/ui` is open because a browser that opens an address cannot send a key along; the page asks for the key and
+sends it with all that it fetches.
 
 Errors are HTTPExceptions whose detail is one sentence: 401 and 403 who may not, 409 not now, 422 bad
 request, 503 too early.
@@ -150,7 +154,7 @@ def build_router(
 
     # In this order: a stranger is not told whether faults could be injected.
     _add_injection(router, page, dependencies=[strangers_out, Depends(demand_fault_injection)])
-    _add_page(router)
+    _add_page(router, dependencies=[strangers_out])
     return router
 
 
@@ -194,7 +198,7 @@ def _add_injection(router: APIRouter, page: Page, *, dependencies: Sequence[para
         return {"switches": {switch.name.lower(): on for switch, on in switches.items()}}
 
 
-def _add_page(router: APIRouter) -> None:
+def _add_page(router: APIRouter, *, dependencies: Sequence[params.Depends]) -> None:
     @router.get("/ui")
     def ui() -> Response:
         html = UI_FILE.read_text(encoding="utf-8")
@@ -206,6 +210,6 @@ def _add_page(router: APIRouter) -> None:
         }
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
-    @router.get("/ui/prompts.json")
+    @router.get("/ui/prompts.json", dependencies=dependencies)
     def prompts() -> Response:
         return Response(PROMPTS_FILE.read_bytes(), media_type="application/json", headers=_NO_STORE)

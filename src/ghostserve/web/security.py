@@ -14,6 +14,10 @@ header that gives it away.
 `Host` is compared only where there is no key. A page that rebinds a name does not hold the key, while a
 server with a key may well stand behind a name that it does not know.
 
+A reverse proxy on this machine connects from loopback on behalf of anyone, and uvicorn believes what such a
+proxy says about its client. So without a key a request that names a proxy is refused; one that hides its
+proxy cannot be told from the operator.
+
 Not checked here: TLS, rate limits, and who holds the key.
 """
 
@@ -28,8 +32,11 @@ from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 
+from ghostserve.errors import UsageError
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _WILDCARD_HOSTS = frozenset({"", "0.0.0.0", "::"})
+_PROXY_HEADERS = frozenset({"forwarded", "via", "x-real-ip"})
 _TRUSTED_FETCH_SITES = frozenset({"same-origin", "none"})
 
 
@@ -42,6 +49,7 @@ class RequestFacts:
     origin: str | None
     fetch_site: str | None
     authorization: str | None
+    forwarded: bool = False  # a header names a proxy in between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +73,26 @@ def key_is_accepted(authorization: str | None, api_keys: Sequence[str]) -> bool:
     far.
     """
     scheme, _, presented = (authorization or "").partition(" ")
+    if not presented:
+        return False  # not even where an empty key is among ours
     digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
     accepted = False
     for key in api_keys:
         expected = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         accepted |= hmac.compare_digest(digest, expected)
     return accepted and scheme.lower() == "bearer"
+
+
+def demand_sendable_key(key: str) -> None:
+    """Raise UsageError for a key that an HTTP header cannot carry; it is not repeated in the message."""
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError("the API key holds characters other than printable ASCII; no HTTP header carries it")
+
+
+def names_a_proxy(header: str) -> bool:
+    """Whether a header of this name is one that proxies add, in any case."""
+    name = header.lower()
+    return name in _PROXY_HEADERS or name.startswith("x-forwarded")
 
 
 def is_loopback(host: str) -> bool:
@@ -132,6 +154,8 @@ def access_refusal(facts: RequestFacts, policy: AccessPolicy) -> Refusal | None:
         if not key_is_accepted(facts.authorization, policy.api_keys):
             return Refusal(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
         return None
+    if facts.forwarded:
+        return Refusal(403, "without --api-key this route does not answer through a proxy; start with a key")
     if facts.client_host is not None and not is_loopback(facts.client_host):
         return Refusal(
             403, "without --api-key this route answers only on loopback; start the server with a key"
@@ -154,6 +178,7 @@ def facts_of(request: Request) -> RequestFacts:
         origin=header("origin"),
         fetch_site=header("sec-fetch-site"),
         authorization=header("authorization"),
+        forwarded=any(names_a_proxy(name) for name in request.headers),
     )
 
 
