@@ -44,6 +44,11 @@ NEED_GB = {"cpu": 4, "gpu": 16}
 WAIT_FOR_OTHER_MAX_S = 1800.0
 
 # Runs in the new environment. Plugins are off: this asks whether stock vLLM works here, kernels included.
+# What a server and its workers import: done once here, their compiled files are there for every start.
+WARM_UP = (
+    "import ghostserve.cli.serve, ghostserve.engine.server, ghostserve.engine.executor, ghostserve.engine.preload, "
+    "ghostserve.engine.scheduler, ghostserve.shadow.keeper, vllm.model_executor.models.llama"
+)
 CHECK = """
 import sys, torch, transformers, vllm
 from vllm.platforms import current_platform
@@ -236,6 +241,7 @@ def clean_env() -> dict[str, str]:
         "PIP_ROOT",
         "PIP_REQUIRE_VIRTUALENV",
         "VIRTUAL_ENV",
+        "PYTHONDONTWRITEBYTECODE",  # the import check leaves compiled files, or every start would compile anew
     }
     keep = {name: value for name, value in os.environ.items() if name not in bends}
     return keep | {"PIP_USER": "0", "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "VLLM_PLUGINS": ""}
@@ -361,6 +367,10 @@ def check(venv: Path, device: str) -> tuple[bool, str]:
     )
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if status == 0:
+        warm_up = [str(python_of(venv)), "-W", "ignore", "-c", WARM_UP]  # saves time, or does not
+        progress.run(
+            warm_up, label="compiling imports", env=clean_env(), sink=lambda line: None, sink_is_seen=False
+        )
         return True, last
     print("\n".join(lines[-15:]), flush=True)
     return False, check_failure(status, last)

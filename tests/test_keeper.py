@@ -289,6 +289,7 @@ def test_killed_while_idle_the_next_one_is_ready() -> None:
         assert [answer.job for answer in engine.answers] == [1, 2]
 
 
+@pytest.mark.real
 def test_killed_again_and_again_every_job_is_done_once() -> None:
     with server(restarts_max=50, attempts_max=50) as (supervisor, engine):
         rng = random.Random(7)

@@ -45,8 +45,14 @@ def log() -> dict[str, Any]:
     return loaded
 
 
+_answers: dict[tuple[int, ...], list[int]] = {}
+
+
 def greedy(model: LlamaForCausalLM, prompt_ids: list[int], tokens: int) -> list[int]:
     """Up to ``tokens`` greedy tokens after the prompt, fewer if the model says the stop token."""
+    known = _answers.get(tuple(prompt_ids), [])
+    if len(known) >= tokens:
+        return known[:tokens]
     ids = torch.tensor([prompt_ids])
     with torch.inference_mode():
         output = model.generate(
@@ -57,6 +63,7 @@ def greedy(model: LlamaForCausalLM, prompt_ids: list[int], tokens: int) -> list[
             use_cache=True,
         )
     generated: list[int] = output[0, len(prompt_ids) :].tolist()
+    _answers[tuple(prompt_ids)] = generated
     return generated
 
 

@@ -197,7 +197,7 @@ def serve(
     server = ServerProcess(command, log_dir=tmp_path, env={**SERVER_ENV, **(env or {})})
     STARTED.append(name)
     server.start()
-    server.wait_ready(timeout_s=180)
+    server.wait_ready(timeout_s=300)
     return Served(server)
 
 
