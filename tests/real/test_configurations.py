@@ -142,10 +142,7 @@ def test_a_killed_tree_leaves_nothing(bfloat16: Served) -> None:
     server = bfloat16.server
     server.record_processes()
     kill_tree(server.pid)
-    deadline_s = monotonic_s() + 30
-    while server.leaks().processes and monotonic_s() < deadline_s:
-        sleep_s(0.1)
-    assert not server.leaks().processes, "processes outlive the front"
+    await_end_of_processes(server)
     server.wait_exit(timeout_s=10)
     assert server.leaks().shared_memory, "negative control: vLLM's segments have names, and nobody was left"
     leftovers.sweep()
@@ -156,15 +153,19 @@ def assert_all_end_with_the_front(server: ServerProcess) -> None:
     """SIGKILL of the front process alone: engine core, workers and keeper end, and clean up after it."""
     server.record_processes()
     os.kill(server.pid, signal.SIGKILL)
-    deadline_s = monotonic_s() + 30
-    while left_behind(server) and monotonic_s() < deadline_s:
-        sleep_s(0.1)
     assert not left_behind(server)
+
+
+def await_end_of_processes(server: ServerProcess) -> None:
+    deadline_s = monotonic_s() + 30
+    while server.leaks().processes and monotonic_s() < deadline_s:
+        sleep_s(0.1)
+    assert not server.leaks().processes, "processes outlive the front"
 
 
 def left_behind(server: ServerProcess) -> list[object]:
     """Processes, segments, and files of the kinds that a server makes: others use the temporary directory, too."""
-    leaks = server.leaks()
+    leaks = server.leaks(settle_s=30)
     files = [name for name in leaks.temporary_files if name.startswith(TEMPORARY_FILES)]
     return [*leaks.processes, *leaks.shared_memory, *files]
 

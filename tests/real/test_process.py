@@ -137,7 +137,8 @@ def test_a_loss_that_cannot_be_repaired(tmp_path: Path) -> None:
         result = served.run(Ask(max_tokens=1500), on_token=Hurt(20, ruin), timeout_s=120)
         assert result.error is not None
         assert server.wait_exit(timeout_s=60) == 4, server.log_tail()
-        assert not server.leaks().processes
-        assert not server.leaks().shared_memory
+        leaks = server.leaks(settle_s=10)
+        assert not leaks.processes
+        assert not leaks.shared_memory
     finally:
         server.stop()

@@ -252,10 +252,16 @@ class ServerProcess:
             sleep_s(POLL_S)
         return self.exit_code
 
-    def leaks(self) -> Leaks:
+    def leaks(self, *, settle_s: float = 0.0) -> Leaks:
         """What is there now and was not before this object was made, and which processes survive.
 
         Right after `stop` no process is left, since it kills them; to see whether the server cleans up by
-        itself, send its signal, `wait_exit`, then ask.
+        itself, send its signal, `wait_exit`, then ask. With `settle_s`, processes and segments have that long
+        to go: what waits for a pipe of the server to close, as Python's resource tracker does, ends after it.
         """
-        return self._before.leaks(self._family)
+        deadline_s = monotonic_s() + settle_s
+        while True:
+            leaks = self._before.leaks(self._family)
+            if not (leaks.processes or leaks.shared_memory) or monotonic_s() >= deadline_s:
+                return leaks
+            sleep_s(POLL_S)
