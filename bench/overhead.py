@@ -1,4 +1,4 @@
-"""What protection costs while nothing fails: four servers, one after the other, round by round.
+"""What protection costs while nothing fails: four servers, one after the other, round by round; the others are stopped.
 
 a  ghostserve serve                        gloo              a / c  what we cost         at least 0.95
 b  ghostserve serve --protection none      shared memory     b / d  what off costs       at least 0.99
@@ -31,6 +31,7 @@ from servers import (
     Servers,
     Variant,
     cpu_s,
+    pause,
     say,
     shipped_prompts,
 )
@@ -44,7 +45,7 @@ VARIANTS = (OURS_ON, OURS_OFF, STOCK_GLOO, STOCK)
 STREAMS = (1, 8)
 FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 << 20))
 WARM_UP_TOKENS = 24
-QUIET_S, QUIET_CPU_S, QUIET_TIMEOUT_S = 0.4, 0.03, 8.0
+QUIET_S, QUIET_CPU_S, QUIET_TIMEOUT_S = 1.0, 0.15, 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ PAIRS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One measurement. `others_cpu_percent`: what the idle servers used of one core meanwhile."""
+    """One measurement. `others_cpu_percent`: what the stopped servers used of one core meanwhile."""
 
     round: int
     place: int  # in the round's order, from 0
@@ -167,7 +168,7 @@ def markdown(
     return "\n".join(
         (
             f"{plan.rounds} rounds; each measures every server once, in shuffled order, {tokens} streams. "
-            f"Medians. The idle servers used at most {worst_others_percent:.1f} % of one core during a measurement.",
+            f"Medians. The other servers were stopped (SIGSTOP) and used at most {worst_others_percent:.1f} % of one core during a measurement.",
             "",
             results.table(("server", "streams", "tokens/s", "µs per step"), speeds),
             "",
@@ -219,7 +220,7 @@ class Bench:
 
     def _measure(self, variant: Variant, *, round_number: int, place: int) -> None:
         """A warm-up that is thrown away, then one measurement for each number of streams."""
-        self._wait_quiet()
+        self._wake(variant)
         salt = f"overhead-{round_number}"
         self._stream(variant, streams=1, max_tokens=WARM_UP_TOKENS, salt=f"{salt}-warm-up")
         for streams in STREAMS:
@@ -254,15 +255,17 @@ class Bench:
     def _others_cpu_s(self, variant: Variant) -> float:
         return sum(cpu_s(server) for letter, server in self._servers.items() if letter != variant.letter)
 
-    def _wait_quiet(self) -> None:
-        """Until no server uses the CPU: readers of vLLM's message ring spin for a second after a read."""
-        deadline_s = monotonic_s() + QUIET_TIMEOUT_S
+    def _wake(self, variant: Variant) -> None:
+        """Stop all other servers and wait until this one is at rest: readers of vLLM's message ring spin for a second."""
+        for letter, server in self._servers.items():
+            pause(server, stopped=letter != variant.letter)
+        mine, deadline_s = self._servers[variant.letter], monotonic_s() + QUIET_TIMEOUT_S
         while monotonic_s() < deadline_s:
-            before_s = sum(map(cpu_s, self._servers.values()))
+            before_s = cpu_s(mine)
             sleep_s(QUIET_S)
-            if sum(map(cpu_s, self._servers.values())) - before_s <= QUIET_CPU_S:
+            if cpu_s(mine) - before_s <= QUIET_CPU_S:
                 return
-        say("  the servers do not come to rest; see others_cpu_percent in the results")
+        say("  the server does not come to rest")
 
 
 def _check_collectives(found: Mapping[str, str]) -> None:
