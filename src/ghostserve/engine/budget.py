@@ -63,16 +63,19 @@ def reserve_frames(ranks: int) -> int:
 
 
 def count_frames(limits: GuardLimits, layout: RankLayout, *, ranks: int) -> FrameCount:
-    """Frames for the whole pool's parity, a tail per request and what one full step seals; within budget.
+    """Frames for the whole pool's parity, a tail per request and what two full steps seal; within budget.
+
+    Two, because a step is planned while the keeper has only begun to encode the one before. What that one
+    replaced in a full pool is parity that waits to be wiped.
 
     Raises UsageError if not even one block could be protected.
     """
     groups, block = len(layout.block_sizes), min(layout.block_sizes)
     burst = groups * (-(-limits.max_batched_tokens // block) + limits.max_requests)
-    mirrored = burst + limits.backlog_blocks + JOBS_IN_FLIGHT_MAX
+    mirrored = 2 * burst + limits.backlog_blocks + JOBS_IN_FLIGHT_MAX
     if not limits.compact:
-        mirrored = layout.num_blocks
-    wanted = limits.parity_shards * layout.num_blocks + ranks * mirrored
+        mirrored = layout.num_blocks + burst
+    wanted = limits.parity_shards * (layout.num_blocks + burst) + ranks * mirrored
     staging = StagingArea.required_bytes(
         ranks=ranks, ring=STAGING_RING, record_bytes=limits.staging_record_bytes
     )
