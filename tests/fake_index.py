@@ -11,6 +11,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from install import COMPILER
+
 ROOT = Path(__file__).parents[1]
 
 TORCH = """
@@ -94,8 +96,19 @@ def make_rest(folder: Path) -> None:
                 wheel.write(str(file.locate()), str(file))
 
 
+def make_compiler(folder: Path) -> None:
+    """ziglang, in the version that the install asks for: writes what it was called with in place of a library."""
+    main = "import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write(' '.join(sys.argv[1:]))"
+    name, _, version = COMPILER.partition("==")
+    make_wheel(folder, name, version, {"ziglang/__init__.py": "", "ziglang/__main__.py": main})
+
+
 def make_project(root: Path) -> None:
-    """The real install script in a project of nothing."""
+    """The real install script, and the real build of the native library, in a project of nothing."""
+    native = root / "src/ghostserve/native"
+    native.mkdir(parents=True, exist_ok=True)
+    (native / "__init__.py").touch()
+    shutil.copy(ROOT / "src/ghostserve/native/build.py", native / "build.py")
     for name in ("install", "install.py", "progress.py"):
         (root / "scripts").mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "scripts" / name, root / "scripts" / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import install
-from fake_index import make_project, make_rest, make_torch, run_install
+from fake_index import make_compiler, make_project, make_rest, make_torch, run_install
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,6 +142,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_rest(folder)
     make_torch(folder, cuda=True)
     make_torch(folder, cuda=False)
+    make_compiler(folder)
     return folder
 
 
@@ -163,6 +165,14 @@ def test_install_rerun_and_repair(root: Path, wheels: Path) -> None:
     assert (again.returncode, again.stdout) == (0, "")
     assert time.monotonic() - start < 2
 
+    library = root / "src/ghostserve/native/libghostserve.so"
+    assert "cc -target x86_64-linux-gnu" in library.read_text() or platform.machine() != "x86_64"
+    assert not (root / ".venv/.compiler").exists()
+    library.unlink()
+    rebuilt = run_install(root, wheels)
+    assert "the native library is missing" in rebuilt.stdout
+    assert library.exists()
+
     for damaged in ("platforms.py", "__init__.py"):  # where pip does not see it
         (root / ".venv/lib/python3.11/site-packages/vllm" / damaged).unlink()
     repaired = run_install(root, wheels, ensurepip=False)
@@ -180,8 +190,12 @@ def test_an_interrupted_install_is_made_anew_where_pip_offers_only_a_cuda_torch_
     venv = tmp_path / "env"
     (venv / "bin").mkdir(parents=True)
     (venv / install.BUSY).touch()
-    done = run_install(root, tmp_path / "wheels", "--venv", str(venv), ensurepip=False)
+    done = run_install(root, tmp_path / "wheels", "--venv", str(venv), ensurepip=False, CC="false")
     assert done.returncode == 0, done.stdout
+    assert (
+        "parity is computed with numpy, which is slow" in done.stdout
+    )  # no compiler: said, and not in the way
+    assert run_install(root, tmp_path / "wheels", "--venv", str(venv), CC="false").stdout == ""
     assert "Making env anew: an earlier install was interrupted" in done.stdout
     assert "--without-pip" in (venv / install.LOG).read_text()
     assert "only as a CUDA 13.0 build here: using that" in done.stdout
