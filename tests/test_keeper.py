@@ -418,8 +418,8 @@ def test_a_geometry_that_cannot_be_is_refused() -> None:
     with raw_engine() as raw:
         for wrong, reason in (
             (replace(GEOMETRY, frames=FRAMES + 1), "33 frames"),
-            (replace(GEOMETRY, parity_shards=2), "2 parity shards"),
-            (replace(GEOMETRY, ranks=0), "0 data shards"),
+            (replace(GEOMETRY, ranks=255, parity_shards=4), "together at most 256"),
+            (replace(GEOMETRY, ranks=0), "0 data and"),
         ):
             error = raw.ask(to_json(wrong))
             assert isinstance(error, KeeperError)

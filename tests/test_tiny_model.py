@@ -89,6 +89,7 @@ def test_prompts_are_named_and_enough() -> None:
     assert all(set(prompt) == {"name", "prompt"} for prompt in PROMPTS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prompt", PROMPTS, ids=[prompt["name"] for prompt in PROMPTS])
 def test_greedy_text_does_not_repeat(model: LlamaForCausalLM, tokenizer: Any, prompt: dict[str, str]) -> None:
     tokens = greedy(model, tokenizer(prompt["prompt"]).input_ids, GREEDY_TOKENS)

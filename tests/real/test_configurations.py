@@ -15,7 +15,7 @@ from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import leftovers
 from ghostserve.testing.server import ServerProcess
 from real import families, kit
-from real.kit import LONG_PROMPT, PROMPTS, SEEDED, Ask, Served, assert_rebuilt, assert_same
+from real.kit import LONG_PROMPT, PROMPTS, SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -56,7 +56,9 @@ FOUR = [
 
 @pytest.fixture(scope="module")
 def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from serving(tmp_path_factory, "bfloat16", "--dtype", "bfloat16", "--enforce-eager")
+    yield from serving(
+        tmp_path_factory, "bfloat16", "--dtype", "bfloat16", "--enforce-eager", "--parity-shards", "2"
+    )
 
 
 def serving(
@@ -94,6 +96,22 @@ def test_twenty_pairs_without_a_failure_are_the_same(bfloat16: Served) -> None:
             assert_same(reference, result)
 
 
+def lose_with_wrong_parities(served: Served, *, wrong: int) -> None:
+    """All parity shards of a stripe but the last are wrong: that one is enough, and nothing is recomputed."""
+    ask = Ask(max_tokens=150)
+    reference, before = served.reference(ask), served.recoveries()
+    refused = served.server.status()["counters"]["checksum_refusals_total"]
+    served.arm(point="keeper_encoding", rank=0, action="corrupt_parity")
+    faulted = served.run(ask, on_token=Hurt(90, lambda: served.kill(1)))
+    assert_same(reference, faulted)
+    assert_rebuilt(served.recovery(after=before), sealed=True)
+    assert served.server.status()["counters"]["checksum_refusals_total"] == refused + wrong
+
+
+def test_a_wrong_parity_is_left_out(bfloat16: Served) -> None:
+    lose_with_wrong_parities(bfloat16, wrong=1)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_bfloat16_chunked_prefill(bfloat16: Served, rank: int) -> None:
     asks = [Ask(max_tokens=50), LONG_PROMPT]
@@ -110,7 +128,7 @@ def test_bfloat16_chunked_prefill(bfloat16: Served, rank: int) -> None:
     [
         # torch.compile is vLLM's default: survivors keep their code, the newcomer compiles from the cache.
         pytest.param("qwen3", (), marks=NEEDS_COMPILER, id="qwen3-compiled"),
-        pytest.param("moe", ("--enforce-eager",), id="moe"),
+        pytest.param("moe", ("--enforce-eager", "--parity-shards", "3"), id="moe"),
         pytest.param("hybrid-kv", ("--enforce-eager",), id="hybrid-kv"),
     ],
 )
@@ -119,6 +137,8 @@ def test_family(tmp_path_factory: pytest.TempPathFactory, family: str, flags: tu
     env = {} if "--enforce-eager" in flags else {"TORCHDYNAMO_DISABLE": "0"}
     for served in serving(tmp_path_factory, family, "--dtype", "float32", *flags, model=family, env=env):
         lose_both_in_turn(served, FOUR)
+        if family == "moe":
+            lose_with_wrong_parities(served, wrong=2)
         if family == "qwen3":  # each of its replacements compiles for 20 s
             continue
         long = Ask(prompt=PROMPTS["json-dump"] * 5, max_tokens=30)

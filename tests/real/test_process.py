@@ -34,7 +34,8 @@ def ghostserve(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedP
     [
         (("--no-such-flag",), "no-such-flag"),
         (("--host-memory", "lots"), "lots"),
-        (("--parity-shards", "3"), "--parity-shards 3"),
+        (("--parity-shards", "0"), "--parity-shards 0"),
+        (("--parity-shards", "255"), "--parity-shards 255"),
         (("--pipeline-parallel-size", "2"), "--pipeline-parallel-size > 1"),
         (("--worker-cls", "some.Worker"), "--worker-cls some.Worker"),
         (("--scheduler-cls", "some.Scheduler"), "--scheduler-cls"),
