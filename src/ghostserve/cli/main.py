@@ -25,6 +25,7 @@ VERBS = {
     "status": "show a running server's workers, shadow and recoveries",
     "kill": "SIGKILL one worker of a running server",
     "demo": "kill a worker in the middle of an answer and check that the answer goes on unchanged",
+    "bench": "measure what the codec reaches on this machine",
 }
 NEEDS_PLATFORM = frozenset({"serve", "demo"})
 """The verbs that start a server here; the others only ask one, which may be elsewhere."""
