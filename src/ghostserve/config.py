@@ -45,7 +45,9 @@ class GhostConfig:
         "replica (mirrors of everything), or none (vLLM as it is)",
         choices=("parity", "replica", "none"),
     )
-    parity_shards: int = _option(1, "parity shards per stripe: so many ranks may lose their KV at once")
+    parity_shards: int = _option(
+        1, "parity shards per stripe: so many ranks may lose their KV at once", metavar="M"
+    )
     host_memory: int | None = _option(
         None,
         "host memory for the whole shadow, e.g. 8Gi; never exceeded. Default: what full protection needs, at "
@@ -71,8 +73,10 @@ class GhostConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.parity_shards != 1:
-            raise UsageError(f"--parity-shards {self.parity_shards}: only 1 is supported yet")
+        if self.parity_shards < 1:
+            raise UsageError(
+                f"--parity-shards {self.parity_shards}: at least 1 is needed, or --protection none"
+            )
         if self.encode_backlog < 1:
             raise UsageError(f"--encode-backlog {self.encode_backlog}: at least 1 block is needed")
         if self.recovery_attempts < 1:

@@ -99,7 +99,9 @@ class FaultAction(StrEnum):
     KILL = "kill"  # SIGKILL to itself
     RAISE = "raise"  # an exception
     HANG = "hang"  # nothing more is done, for ever
-    CORRUPT_PARITY = "corrupt_parity"  # a byte of parity is flipped once its checksum is taken
+    CORRUPT_PARITY = (
+        "corrupt_parity"  # of all parity shards but the last (or of the only one), after the checksum
+    )
     CORRUPT_MIRROR = "corrupt_mirror"  # a byte of a mirror is flipped once its checksum is taken
 
 

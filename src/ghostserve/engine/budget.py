@@ -85,6 +85,6 @@ def count_frames(limits: GuardLimits, layout: RankLayout, *, ranks: int) -> Fram
         raise UsageError(
             f"--host-memory {limits.host_memory_bytes} leaves no room for one KV block of "
             f"{layout.frame_bytes} bytes on {ranks} ranks; give at least "
-            f"{fixed + 4 * ranks * layout.frame_bytes} bytes, or use --protection none"
+            f"{fixed + max(4 * ranks, ranks + limits.parity_shards) * layout.frame_bytes} bytes, or use --protection none"
         )
     return FrameCount(frames=min(wanted, affordable), wanted=wanted, reserve=reserve_frames(ranks))

@@ -92,6 +92,7 @@ class Guard:
             staging_ring=STAGING_RING,
             staging_record_bytes=record_bytes,
             layout_fingerprint=first.fingerprint,
+            parity_shards=self.limits.parity_shards,
         )
         shape = {"ranks": self.ranks, "ring": STAGING_RING, "record_bytes": record_bytes}
         self.segments["staging"].resize(StagingArea.required_bytes(**shape))

@@ -36,6 +36,7 @@ class ArenaGeometry:
     staging_ring: int
     staging_record_bytes: int
     layout_fingerprint: str
+    parity_shards: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ class BlockRestore:
 
     From a mirror: `frame` is its packed log. From parity: `frame` is None, `parity` the parity frames and
     `survivors` the frames into which each surviving rank exports its live block.
-    `checksum` covers the log of the lost rank up to `slots`.
+    `checksum` covers the log of the lost rank up to `slots`, `parity_checksums` the parity frames of a full block.
     """
 
     block: int
@@ -93,6 +94,7 @@ class BlockRestore:
     checksum: int
     frame: int | None
     parity: tuple[int, ...] = ()
+    parity_checksums: tuple[int, ...] = ()
     survivors: dict[int, int] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from ghostserve.arena.control import ControlPage, Counter, Switch
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.staging import StagingArea
-from ghostserve.codec.xor import XorCodec
+from ghostserve.codec.base import Bytes, Codec
+from ghostserve.codec.choose import host_codec
 from ghostserve.engine.messages import ArenaGeometry, BlockRestore, RankLayout, RestoreReport
 from ghostserve.engine.probe import kv_storage, probe
 from ghostserve.engine.staging_keys import ack_key, random_key
@@ -50,7 +52,7 @@ class RankShadow:
         self._kv_bytes = kv_storage(runner).nbytes()
         self._mirror: Mirror | None = None
         self._staging: StagingArea | None = None
-        self._codec = XorCodec(ranks)
+        self._codec: Codec | None = None
         self._debug_started = False
 
     def layout(self) -> RankLayout:
@@ -79,6 +81,7 @@ class RankShadow:
         self._mirror = self._unmapped()
         self._mirror.frames = self._segments["pool"].array
         self._mirror.frame_bytes = geometry.frame_bytes
+        self._codec = host_codec(self._ranks, geometry.parity_shards)
         self._staging = StagingArea(
             self._segments["staging"],
             ranks=self._ranks,
@@ -173,8 +176,13 @@ class RankShadow:
             different_blocks=self._debug_compare(items, refused),
         )
 
-    def _decode(self, mirror: Mirror, item: BlockRestore) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """This rank's packed log of a coded block, from the survivors' exports and the parity."""
+    def _decode(self, mirror: Mirror, item: BlockRestore) -> Bytes:
+        """This rank's packed log of a coded block, from the survivors' exports and the parity.
+
+        If it comes out wrong, parities that differ from their own checksums are left out, as long as enough
+        others are left. The caller checks what is returned.
+        """
+        assert self._codec is not None
         nbytes = item.slots * mirror.slot_bytes(item.group)
         shards = [
             mirror.frame(item.survivors[rank])[:nbytes] if rank in item.survivors else None
@@ -183,6 +191,19 @@ class RankShadow:
         parity = [mirror.frame(frame)[:nbytes] for frame in item.parity]
         out = np.empty(nbytes, dtype=np.uint8)
         self._codec.reconstruct([*shards, *parity], lost=[self._rank], out=[out])
+        if self._page.get_switch(Switch.SKIP_CHECKSUM) or zlib.crc32(out.data) == item.checksum:
+            return out
+        sound = [
+            shard if zlib.crc32(shard.data) == checksum else None
+            for shard, checksum in zip(parity, item.parity_checksums, strict=True)
+        ]
+        wrong, lost = (sum(shard is None for shard in some) for some in (sound, shards))
+        if 0 < wrong <= len(parity) - lost:
+            logger.warning(
+                "block %d: %d of %d parity shards are wrong and left out", item.block, wrong, len(parity)
+            )
+            self._page.add(Counter.CHECKSUM_REFUSALS_TOTAL, wrong)
+            self._codec.reconstruct([*shards, *sound], lost=[self._rank], out=[out])
         return out
 
     # -- faults and proof ------------------------------------------------------------------------------

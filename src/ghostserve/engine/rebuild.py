@@ -175,6 +175,7 @@ class Rebuild:
                     checksum=entry.checksums[rank],
                     frame=entry.mirrors[rank] if from_mirror else None,
                     parity=() if from_mirror else entry.parity,
+                    parity_checksums=() if from_mirror else entry.parity_checksums,
                     survivors=exports,
                 )
             )

@@ -32,6 +32,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from ghostserve.arena.control import ControlPage
+from ghostserve.codec.matrix import check_size
 from ghostserve.config import CONFIG_ENV, GhostConfig
 from ghostserve.engine import leftovers, logs
 from ghostserve.engine.interrupts import felt_at_once
@@ -95,6 +96,7 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
         os.environ[PLATFORM_ENV] = "0"
         return _run(arguments, config, mount, page=None)
     refuse_arguments(arguments, os.environ)
+    _refuse_parity(arguments, config)
     _demand_our_platform()
     Settings(config=config).memory_budget_bytes()
     _use_our_parts(arguments, config)
@@ -109,6 +111,14 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
             return _run(arguments, config, mount, page=keeper.control)
     finally:
         leftovers.remove_run_directory(directory)
+
+
+def _refuse_parity(arguments: Namespace, config: GhostConfig) -> None:
+    """UsageError if there is no code for so many ranks and parity shards."""
+    try:
+        check_size(arguments.tensor_parallel_size, config.parity_shards)
+    except UsageError as error:
+        raise UsageError(f"--parity-shards {config.parity_shards}: {error}") from None
 
 
 def _use_our_parts(arguments: Namespace, config: GhostConfig) -> None:

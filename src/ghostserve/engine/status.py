@@ -107,6 +107,7 @@ class StatusWriter:
                 ("tail_blocks", Counter.BLOCKS_MIRRORED),
                 ("unprotected_blocks", Counter.BLOCKS_UNPROTECTED),
                 ("backlog_blocks", Counter.ENCODE_BACKLOG),
+                ("encode_bytes_total", Counter.ENCODE_BYTES_TOTAL),
             )
         }
         bound = guard.memory_bound(self._tails())

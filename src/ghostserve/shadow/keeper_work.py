@@ -14,8 +14,8 @@ import zlib
 from ghostserve.arena.control import ControlPage, Counter, FaultAction, FaultPoint
 from ghostserve.arena.memfd import Segment
 from ghostserve.clock import sleep_s
-from ghostserve.codec.base import Bytes
-from ghostserve.codec.xor import XorCodec
+from ghostserve.codec.base import Bytes, Codec
+from ghostserve.codec.choose import host_codec
 from ghostserve.errors import GhostserveError, ProtocolError
 from ghostserve.shadow.keeper_messages import Answer, EncodeDone, EncodeJob, Geometry, Job, WipeDone, WipeJob
 
@@ -31,7 +31,7 @@ class KeeperWork:
         self._pool = pool
         self._control = control
         self._geometry: Geometry | None = None
-        self._codec: XorCodec | None = None
+        self._codec: Codec | None = None
 
     def configure(self, geometry: Geometry) -> None:
         """Take a geometry. ProtocolError if the pool has no room for it, UsageError if no code fits."""
@@ -41,7 +41,9 @@ class KeeperWork:
             raise ProtocolError(
                 f"{geometry.frames} frames of {geometry.frame_bytes} bytes, pool of {self._pool.size_bytes}"
             )
-        self._codec = XorCodec(geometry.ranks, geometry.parity_shards)
+        codec = host_codec(geometry.ranks, geometry.parity_shards)
+        logger.info("%d + %d shards, codec: %s", codec.n, codec.m, codec.backend.name)
+        self._codec = codec
         self._geometry = geometry
 
     def do(self, job: Job) -> Answer:
@@ -82,7 +84,8 @@ class KeeperWork:
         codec.encode([shard[half:] for shard in mirrors], [shard[half:] for shard in parity])
         checksums = tuple(zlib.crc32(shard.data) for shard in parity)
         if fault is FaultAction.CORRUPT_PARITY:
-            parity[0][0] ^= 1
+            for spare in parity[: max(1, len(parity) - 1)]:
+                spare[0] ^= 1
         self._control.add(Counter.ENCODE_BYTES_TOTAL, job.nbytes * len(mirrors))
         return EncodeDone(job=job.job, ok=True, parity_checksums=checksums)
 
@@ -96,7 +99,7 @@ class KeeperWork:
             else:
                 self._pool.array[start : start + length] = 0
 
-    def _stripe(self, job: EncodeJob) -> tuple[list[Bytes], list[Bytes], XorCodec]:
+    def _stripe(self, job: EncodeJob) -> tuple[list[Bytes], list[Bytes], Codec]:
         """The job's mirrors and parity, `nbytes` long each; ProtocolError if it asks for what cannot be."""
         geometry = self._known_geometry()
         codec = self._codec
