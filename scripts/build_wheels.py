@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,20 @@ LIBRARY = "ghostserve/native/libghostserve.so"
 
 
 def pure_wheel(directory: Path) -> Path:
-    """The wheel without a library. CalledProcessError if pip fails."""
+    """The wheel without a library, built from a copy: an old `build` folder would add what is no longer there.
+
+    CalledProcessError if pip fails.
+    """
+    copy = directory / "source"
+    for name in ("src", "LICENSE", "NOTICE", "README.md", "pyproject.toml"):
+        place = ROOT / name
+        if place.is_dir():
+            shutil.copytree(
+                place, copy / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__", "*.so")
+            )
+        else:
+            copy.mkdir(exist_ok=True)
+            shutil.copy(place, copy)
     pip = [
         sys.executable,
         "-m",
@@ -37,7 +51,7 @@ def pure_wheel(directory: Path) -> Path:
         "-w",
         str(directory),
     ]
-    subprocess.run([*pip, str(ROOT)], check=True, timeout=300)
+    subprocess.run([*pip, str(copy)], check=True, timeout=300)
     (wheel,) = directory.glob("*.whl")
     return wheel
 

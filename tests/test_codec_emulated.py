@@ -62,14 +62,15 @@ def test_streaming_stores_are_aligned(built: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(native_backend, "load", lambda: load(built / "emulated_gfni.c.so"))
     monkeypatch.setattr(native_backend, "STREAM_BYTES_MIN", 0)
     monkeypatch.setattr(native_backend, "STREAM_PIECE_BYTES_MIN", 0)
+    assert native_backend._should_stream(np.array([2000], np.uint64), rows=3, columns=8)
     for offset in (0, 1, 63):
         memory = [np.zeros(3000, np.uint8) for _ in range(3)]
         starts = [-array.__array_interface__["data"][0] % 64 + offset for array in memory]
         targets = [array[start : start + 2000] for array, start in zip(memory, starts, strict=True)]
-        sources = random_bytes(2, 2000)
+        sources = random_bytes(8, 2000)
         NativeBackend(path=Path256.GFNI512).combine(
-            parity_matrix(2, 3), [sources], [targets], accumulate=False
+            parity_matrix(8, 3), [sources], [targets], accumulate=False
         )
         expected = [np.zeros(2000, np.uint8) for _ in range(3)]
-        ReferenceBackend().combine(parity_matrix(2, 3), [sources], [expected], accumulate=False)
+        ReferenceBackend().combine(parity_matrix(8, 3), [sources], [expected], accumulate=False)
         assert all(map(np.array_equal, targets, expected))

@@ -100,21 +100,36 @@ def test_a_byte_too_far_dies() -> None:
 @pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (63, 63, 63), (0, 16, 32), (5, 5, 6)])
 def test_stores_around_the_cache(path: Path256, offsets: tuple[int, int, int]) -> None:
     """Long enough for streaming stores; targets aligned, misaligned together, and each in its own way."""
-    length = STREAM_BYTES_MIN // 5 + 77
-    sources = random_bytes(2, length)
-    matrix = parity_matrix(2, 3)
+    length = STREAM_BYTES_MIN // 11 + 77
+    sources = random_bytes(8, length)
+    matrix = parity_matrix(8, 3)
     targets = []
     for offset in offsets:
         memory = np.full(length + 256, 0x5A, np.uint8)
         start = -memory.__array_interface__["data"][0] % 64 + offset
         targets.append((memory, start))
     views = [memory[start : start + length] for memory, start in targets]
-    assert native_backend._should_stream(np.array([length], np.uint64), 5)
+    assert native_backend._should_stream(np.array([length], np.uint64), rows=3, columns=8)
     NativeBackend(path=path).combine(matrix, [sources], [views], accumulate=False)
     for (memory, start), view, expected in zip(targets, views, reference(matrix, sources), strict=True):
         assert np.array_equal(view, expected)
         assert (memory[:start] == 0x5A).all()
         assert (memory[start + length :] == 0x5A).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "length", "streams"),
+    [
+        (3, 8, 64 << 20, True),
+        (1, 4, 64 << 20, True),
+        (3, 4, 64 << 20, False),
+        (1, 8, 1 << 10, False),
+        (6, 32, 64 << 20, False),
+    ],
+)
+def test_when_stores_go_around_the_cache(rows: int, columns: int, length: int, streams: bool) -> None:
+    lengths = np.array([length], np.uint64)
+    assert native_backend._should_stream(lengths, rows=rows, columns=columns) is streams
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

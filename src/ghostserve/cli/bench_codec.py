@@ -36,6 +36,8 @@ KIB, MIB = 1 << 10, 1 << 20
 COLD_BYTES = 256 * MIB
 REPETITION_S = 0.004
 CHECKED_BYTES = 4096
+SLOW = frozenset({"numpy", "torch"})
+SLOW_BYTES = 8 * MIB
 PAGE_BYTES = 4096
 SPLIT_BYTES = MIB  # shards from here on are shared by the threads
 PAD_BYTES = 4096 + 64  # keeps shards off each other's cache sets; they begin on cache lines, as in the arena
@@ -248,18 +250,25 @@ def _measure_cell(
     work = {
         name: [
             [prepare(matrix, *stripe) for stripe in zip(*of_thread, strict=True)]
-            for of_thread in zip(_parts(cell, inputs), _parts(cell, outputs), strict=True)
+            for of_thread in zip(_parts(cell, inputs[:few]), _parts(cell, outputs[:few]), strict=True)
         ]
         for name, prepare in methods.items()
+        for few in [_enough(cell, len(stripes)) if name in SLOW else len(stripes)]
     }
+    share = {name: sum(map(len, work[NATIVE])) / sum(map(len, calls)) for name, calls in work.items()}
     rounds = {name: _rounds(calls, pool) for name, calls in work.items()}
     _check(cell, matrix, inputs[0], outputs[0], work, pool)
     times: dict[str, list[float]] = {name: [] for name in methods}
     rng = random.Random(0)
     for _ in range(repetitions):
         for name in rng.sample(sorted(methods), k=len(methods)):
-            times[name].append(_run(work[name], rounds[name], pool) / rounds[name])
+            times[name].append(_run(work[name], rounds[name], pool) / rounds[name] * share[name])
     return times
+
+
+def _enough(cell: Cell, stripes: int) -> int:
+    """Stripes for what computes for so long that the memory does not matter; at least one for each thread."""
+    return min(stripes, max(cell.threads, SLOW_BYTES // (cell.n * cell.shard_bytes)))
 
 
 def _rounds(work: list[list[Callable[[], object]]], pool: ThreadPoolExecutor) -> int:
@@ -283,7 +292,8 @@ def _check(
         for name in work.keys() - {READ}:
             for output in outputs:
                 output[part] = 0
-            _run(work[name], 1, pool)
+            threads = work[name] if cell.shard_bytes >= SPLIT_BYTES else work[name][:1]
+            _run([calls[:1] for calls in threads], 1, pool)
             if not all(map(np.array_equal, expected, [output[part] for output in outputs])):
                 raise CheckFailed(f"{name} computed something else than the reference: {cell}")
 

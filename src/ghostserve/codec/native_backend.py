@@ -145,15 +145,16 @@ class NativeBackend(HostArrays):
         flags = tables.flags
         if accumulate:
             flags |= Flags256.ACCUMULATE
-        elif _should_stream(pointers.lengths, rows + columns):
+        elif _should_stream(pointers.lengths, rows=rows, columns=columns):
             flags |= Flags256.STREAM
-        calls = [self._prepared(tables, part, flags) for part in pointers.split(self._threads)]
-        alive = (sources, targets)
-        if len(calls) == 1:
-            return functools.partial(_keeping, alive, calls[0])
-        return functools.partial(_keeping, alive, functools.partial(self._together, calls))
+        arrays = (sources, targets)
+        calls = [self._prepared(tables, part, flags, arrays) for part in pointers.split(self._threads)]
+        return calls[0] if len(calls) == 1 else functools.partial(self._together, calls)
 
-    def _prepared(self, tables: Tables, part: _Pointers, flags: Flags256) -> Callable[[], None]:
+    def _prepared(
+        self, tables: Tables, part: _Pointers, flags: Flags256, arrays: object
+    ) -> Callable[[], None]:
+        """The library's function with its arguments; what these point to lives as long."""
         call = functools.partial(
             self._native.combine,
             int(self._path),
@@ -167,7 +168,8 @@ class NativeBackend(HostArrays):
             part.lengths.ctypes.data,
             int(flags),
         )
-        return functools.partial(_keeping, (tables, part), call)
+        vars(call)["alive"] = (tables, part, arrays)
+        return call
 
     def _together(self, calls: Sequence[Callable[[], None]]) -> None:
         assert self._pool is not None
@@ -185,13 +187,14 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _should_stream(lengths: npt.NDArray[np.uint64], shards: int) -> bool:
-    return shards * int(lengths.sum()) >= STREAM_BYTES_MIN and int(lengths.min()) >= STREAM_PIECE_BYTES_MIN
+def _should_stream(lengths: npt.NDArray[np.uint64], *, rows: int, columns: int) -> bool:
+    """Whether writing around the cache pays: the targets would not stay in it, and few of them are made of many sources.
 
-
-def _keeping(alive: object, call: Callable[[], None]) -> None:
-    """Call it; `alive` is what its addresses point to."""
-    call()
+    With about as many targets as sources it loses, up to fivefold where their addresses are alike modulo 4096.
+    """
+    few = rows <= 4 and columns >= 2 * rows + 2
+    long = (rows + columns) * int(lengths.sum()) >= STREAM_BYTES_MIN
+    return few and long and int(lengths.min()) >= STREAM_PIECE_BYTES_MIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
