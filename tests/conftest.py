@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -18,8 +19,11 @@ TERMINAL = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep a way to the terminal that capturing, which redirects descriptor 1, does not close."""
+    """Keep a way to the terminal that capturing, which redirects descriptor 1, does not close; take Ctrl-C as in a terminal."""
     config.stash[TERMINAL] = os.dup(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in a shell's background, which ignores Ctrl-C; servers under test would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

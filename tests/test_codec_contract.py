@@ -83,6 +83,8 @@ def patterns(n: int, m: int) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
 def test_every_erasure_pattern(backend: Candidate, m: int) -> None:
     """All of n <= 8, lengths changing from pattern to pattern; and only one of the lost shards wanted."""
+    if backend.label == "native-threads":
+        pytest.skip("one thread does shards as short as these")
     lengths = itertools.cycle(LENGTHS)
     for n in range(1, 9):
         stripes = {length: Stripe(backend, n, m, length).encode() for length in LENGTHS}
@@ -112,7 +114,7 @@ def test_erasure_patterns(backend: Candidate) -> None:
         stripe.check_lost(lost, lost)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_length(backend: Candidate) -> None:
     for length, n, m in itertools.product(range(258), (1, 2, 5), (1, 2, 3, 4)):
         check_all(backend, n, m, length)

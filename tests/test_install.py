@@ -202,7 +202,7 @@ def test_an_interrupted_install_is_made_anew_where_pip_offers_only_a_cuda_torch_
     assert not (venv / install.BUSY).exists()
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_for_a_gpu_and_then_not_for_one(root: Path, wheels: Path, tmp_path: Path) -> None:
     venv = tmp_path / "env"
     done = run_install(root, wheels, "--venv", str(venv), "--device", "gpu", ensurepip=False)
