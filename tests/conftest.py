@@ -21,9 +21,10 @@ TERMINAL = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     """Keep a way to the terminal that capturing, which redirects descriptor 1, does not close; take Ctrl-C as in a terminal."""
     config.stash[TERMINAL] = os.dup(1)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # Started in a shell's background, which ignores Ctrl-C; servers under test would inherit that.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell's background ignores Ctrl-C, and nohup hanging up; servers under test would inherit that.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
