@@ -184,10 +184,18 @@ def await_end_of_processes(server: ServerProcess) -> None:
 
 
 def left_behind(server: ServerProcess) -> list[object]:
-    """Processes, segments, and files of the kinds that a server makes: others use the temporary directory, too."""
-    leaks = server.leaks(settle_s=30)
-    files = [name for name in leaks.temporary_files if name.startswith(TEMPORARY_FILES)]
-    return [*leaks.processes, *leaks.shared_memory, *files]
+    """Processes, segments, and files of the kinds that a server makes, if they stay.
+
+    Others use the temporary directory, too, and what they put there for a moment has the same names.
+    """
+    deadline_s = monotonic_s() + 30
+    while True:
+        leaks = server.leaks()
+        files = [name for name in leaks.temporary_files if name.startswith(TEMPORARY_FILES)]
+        left = [*leaks.processes, *leaks.shared_memory, *files]
+        if not left or monotonic_s() >= deadline_s:
+            return left
+        sleep_s(0.2)
 
 
 def kill_tree(pid: int) -> None:
