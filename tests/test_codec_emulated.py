@@ -19,9 +19,10 @@ from ghostserve.native import LIBRARY, Path256, load
 
 HERE = Path(__file__).parent / "native"
 CC = shutil.which("cc") or shutil.which("gcc")
-pytestmark = pytest.mark.skipif(
-    CC is None or platform.machine() != "x86_64", reason="takes a C compiler on x86-64"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(CC is None or platform.machine() != "x86_64", reason="takes a C compiler on x86-64"),
+]
 
 MODELS = [("emulated_gfni.c", Path256.GFNI512), ("emulated_neon.c", Path256.NEON)]
 
