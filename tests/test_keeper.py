@@ -45,6 +45,8 @@ from ghostserve.shadow.keeper_messages import (
 )
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 
+pytestmark = pytest.mark.real  # keepers are processes, and die here
+
 FRAME = 64 << 10
 FRAMES = 32
 RANKS = 2

@@ -256,7 +256,9 @@ def settle(watch: Watch, now_s: float) -> None:
     assert watch.machine.state is not m.State.RECOVERING, watch.machine.history
 
 
-@pytest.mark.parametrize(("ranks", "attempts", "retries"), [(1, 3, 2), (2, 1, 0), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "attempts", "retries"), [(1, 3, 2), (2, 1, 0), pytest.param(2, 2, 1, marks=pytest.mark.long)]
+)
 def test_every_reachable_state(ranks: int, attempts: int, retries: int) -> None:
     """Order, epochs and invariants hold, nothing gets stuck, and no recovery can go on for ever."""
     start = Watch(m.RecoveryMachine(ranks, 1, max_attempts=attempts, max_step_retries=retries))

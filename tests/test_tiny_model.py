@@ -98,6 +98,7 @@ def test_greedy_text_does_not_repeat(model: LlamaForCausalLM, tokenizer: Any, pr
     assert ratio >= DISTINCT_4GRAM_RATIO_MIN, tokenizer.decode(tokens)
 
 
+@pytest.mark.long
 def test_greedy_text_is_made_of_words(model: LlamaForCausalLM, tokenizer: Any, log: dict[str, Any]) -> None:
     """Readable, as far as a test can say: nine of ten words are words of the corpus."""
     root = Path(sysconfig.get_paths()["stdlib"])
