@@ -80,7 +80,7 @@ def patterns(n: int, m: int) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize("m", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_erasure_pattern(backend: Candidate, m: int) -> None:
     """All of n <= 8, lengths changing from pattern to pattern; and only one of the lost shards wanted."""
     if backend.label == "native-threads":
@@ -116,10 +116,11 @@ def test_long_shards(backend: Candidate, length: int) -> None:
     check_all(backend, 3, 3, length)
 
 
-def test_erasure_patterns(backend: Candidate) -> None:
-    """All of one small code; `test_every_erasure_pattern` has the rest."""
-    stripe = Stripe(backend, 4, 3, 257).encode()
-    for lost in patterns(4, 3):
+@pytest.mark.parametrize(("n", "m"), [(4, 3), (3, 4)])
+def test_erasure_patterns(backend: Candidate, n: int, m: int) -> None:
+    """All of two small codes; `test_every_erasure_pattern` has the rest."""
+    stripe = Stripe(backend, n, m, 257).encode()
+    for lost in patterns(n, m):
         stripe.check_lost(lost, lost)
 
 

@@ -215,7 +215,7 @@ def test_for_a_gpu_and_then_not_for_one(root: Path, wheels: Path, tmp_path: Path
     assert "Making env anew: it was made for the gpu" in other.stdout
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_an_import_check_that_dies_and_a_pip_that_finds_nothing_are_said(
     root: Path, wheels: Path, tmp_path: Path
 ) -> None:

@@ -86,9 +86,9 @@ def test_bfloat16(bfloat16: Served) -> None:
 def test_twenty_pairs_without_a_failure_are_the_same(bfloat16: Served) -> None:
     """What the oracle rests on: with the batch held equal, failure-free runs agree, in bfloat16 too."""
     asks = [
-        Ask(max_tokens=16),
-        Ask(max_tokens=16, temperature=0.8, seed=3),
-        Ask(prompt=PROMPTS["walk"], max_tokens=16),
+        Ask(max_tokens=8),
+        Ask(max_tokens=8, temperature=0.8, seed=3),
+        Ask(prompt=PROMPTS["walk"], max_tokens=8),
     ]
     first = bfloat16.run_together(asks)
     for _ in range(20):
