@@ -55,8 +55,7 @@ class ErasureCodec(Generic[PieceT]):
         coefficients = matrix.rebuild_matrix(self._n, self._m, chosen, tuple(lost))
         used = np.flatnonzero(coefficients.any(axis=0))  # a lost parity 0 does not need the other parities
         sources = [pieces[present.index(chosen[index])] for index in used]
-        self._check_apart(targets, pieces, what="output")
-        self._combine(coefficients[:, used], sources, targets, what="output")
+        self._combine(coefficients[:, used], sources, targets, what="output", untouched=pieces)
 
     def update(self, index: int, *, old: Shard, new: Shard, parity: Sequence[Shard]) -> None:
         if not 0 <= index < self._n:
@@ -68,9 +67,8 @@ class ErasureCodec(Generic[PieceT]):
 
     def verify(self, shards: Sequence[Shard]) -> tuple[int, ...]:
         wrong: set[int] = set()
-        for syndromes in self._syndromes(shards):
-            zero = self._zero_like(syndromes[0])
-            wrong |= {row for row, piece in enumerate(syndromes) if self._backend.any_difference(piece, zero)}
+        for _, bad in self._syndromes(shards):
+            wrong.update(bad)
         return tuple(self._n + row for row in sorted(wrong))
 
     def locate(self, shards: Sequence[Shard]) -> int | None:
@@ -79,9 +77,7 @@ class ErasureCodec(Generic[PieceT]):
                 f"{self._m} parity shard tells that something is wrong, not what: at least 2 needed"
             )
         suspects: set[int] | None = None
-        for syndromes in self._syndromes(shards):
-            zero = self._zero_like(syndromes[0])
-            bad = [row for row, piece in enumerate(syndromes) if self._backend.any_difference(piece, zero)]
+        for syndromes, bad in self._syndromes(shards):
             if not bad:
                 continue
             found = {self._n + bad[0]} if len(bad) == 1 else self._explaining(syndromes)
@@ -128,14 +124,16 @@ class ErasureCodec(Generic[PieceT]):
         *,
         what: str,
         accumulate: bool = False,
+        untouched: list[list[PieceT]] | None = None,
     ) -> None:
+        """`untouched`: what no target may overlap, where that is more than the sources."""
         length, wanted = self._length(sources[0]), self._length(targets[0])
         if length != wanted:
             raise UsageError(f"{what} shards have {wanted} bytes, the others {length}")
         for index, pieces in enumerate(targets):
             if not all(map(self._backend.is_writable, pieces)):
                 raise UsageError(f"{what} shard {index} is read-only")
-        self._check_apart(targets, sources, what=what)
+        self._check_apart(targets, untouched or sources, what=what)
         segments = cut(self._backend, [*sources, *targets])
         self._backend.combine(
             coefficients,
@@ -144,11 +142,11 @@ class ErasureCodec(Generic[PieceT]):
             accumulate=accumulate,
         )
 
-    def _check_apart(self, targets: list[list[PieceT]], sources: list[list[PieceT]], *, what: str) -> None:
-        """UsageError if a target overlaps another target or a source."""
+    def _check_apart(self, targets: list[list[PieceT]], others: list[list[PieceT]], *, what: str) -> None:
+        """UsageError if a target overlaps another target or one of the others."""
         spans = [
             (*self._backend.span(piece), index)
-            for index, pieces in enumerate((*targets, *sources))
+            for index, pieces in enumerate((*targets, *others))
             for piece in pieces
         ]
         spans.sort()
@@ -163,8 +161,11 @@ class ErasureCodec(Generic[PieceT]):
 
     # ---- what does not fit -------------------------------------------------------------------------------------------
 
-    def _syndromes(self, shards: Sequence[Shard]) -> Iterable[list[PieceT]]:
-        """What each parity differs by from the one its data would have, a part of the length at a time."""
+    def _syndromes(self, shards: Sequence[Shard]) -> Iterable[tuple[list[PieceT], list[int]]]:
+        """What each parity differs by from the one its data would have, and which of these are not zero.
+
+        A part of the length at a time.
+        """
         taken = self._take(shards, count=self._n + self._m, what="given")
         like = taken[0][0] if taken[0] else None
         identity = np.eye(self._m, dtype=np.uint8)
@@ -173,7 +174,8 @@ class ErasureCodec(Generic[PieceT]):
             nbytes = self._backend.span(segment[0])[1]
             rows = [self._backend.empty(nbytes, like=like) for _ in range(self._m)]
             self._backend.combine(coefficients, [segment], [rows], accumulate=False)
-            yield rows
+            zero = self._zero_like(rows[0])
+            yield rows, [row for row, piece in enumerate(rows) if self._backend.any_difference(piece, zero)]
 
     def _explaining(self, syndromes: list[PieceT]) -> set[int]:
         """The data shards whose error alone would give these syndromes: s_r = A[r, j] * s_0 for all r."""
