@@ -46,12 +46,12 @@ VENV_ENTRIES = {"bin", "include", "lib", "lib64", "share"}
 NEED_GB = {"cpu": 4, "gpu": 16}
 WAIT_FOR_OTHER_MAX_S = 1800.0
 
-# Runs in the new environment. Plugins are off: this asks whether stock vLLM works here, kernels included.
 # What a server and its workers import: done once here, their compiled files are there for every start.
 WARM_UP = (
     "import ghostserve.cli.serve, ghostserve.engine.server, ghostserve.engine.executor, ghostserve.engine.preload, "
     "ghostserve.engine.scheduler, ghostserve.shadow.keeper, vllm.model_executor.models.llama"
 )
+# Runs in the new environment. Plugins are off: this asks whether stock vLLM works here, kernels included.
 CHECK = """
 import sys, torch, transformers, vllm
 from vllm.platforms import current_platform
