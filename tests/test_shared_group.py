@@ -17,7 +17,7 @@ from ghostserve.arena.memfd import Segment
 from ghostserve.arena.shared_group import Dtype, GroupAbandoned, SharedGroup, memory_bytes
 from ghostserve.clock import monotonic_s, sleep_s
 
-pytestmark = pytest.mark.slow  # not plugged in yet
+pytestmark = pytest.mark.long
 SLOT_BYTES = 4096
 DTYPES = {
     torch.float32: Dtype.F32,

@@ -1,7 +1,7 @@
 """Sums and copies among processes of one machine over memory that they share: native/collectives.c, by ctypes.
 
-Linux only (futexes, pidfds); not plugged into the server yet. Knows addresses and counts, no tensors. The caller brings the memory (`memory_bytes` of it, zeroed, mapped in every
-process) and a pidfd for each peer.
+Linux only (futexes, pidfds). Knows addresses and counts, no tensors. The caller brings the memory (`memory_bytes`
+of it, zeroed, mapped in every process) and a pidfd for each peer.
 """
 
 from __future__ import annotations
@@ -128,6 +128,11 @@ class SharedGroup:
     def broadcast(self, buffer: int, *, nbytes: int, source: int) -> None:
         """`nbytes` at `buffer` of rank `source` to everybody's `buffer`."""
         self._call("broadcast", buffer, nbytes, source)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Bound every later wait for a peer that lives."""
+        self._group.timeout_ns = int(timeout_s * 1e9)
+        self._timeout_s = timeout_s
 
     def abandon(self) -> None:
         """Leave for good: every rank leaves what it waits for, now and from now on. May be called again."""

@@ -17,6 +17,9 @@ from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
+from ghostserve.arena.shared_group import GroupAbandoned
+from ghostserve.engine import communicator
+
 logger = logging.getLogger(__name__)
 
 # Names of parallel_state's module globals that hold a group; a test fails when vLLM has others.
@@ -27,7 +30,8 @@ GROUP_GLOBALS = (
 
 
 def leave_groups() -> None:
-    """Drop every process group. Peers blocked in a collective with us see the connection close, and leave too."""
+    """Drop every process group. Peers blocked in a collective with us see that we left, and leave too."""
+    communicator.abandon_all()  # first: a peer that waits in one does not look at connections
     for destroy in (parallel_state.destroy_model_parallel, parallel_state.destroy_distributed_environment):
         try:
             destroy()
@@ -67,8 +71,9 @@ def set_collective_timeout(timeout_s: float | None) -> None:
             group = getattr(coordinator, attribute, None)
             if group is not None:
                 dist.distributed_c10d._set_pg_timeout(limit, group)
+    communicator.set_timeout_of_all(limit.total_seconds())
 
 
 def peer_left(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone, rather than for a reason of its own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError | GroupAbandoned) or "gloo" in str(error).lower()

@@ -1,0 +1,185 @@
+"""The communicator between real ranks: what vLLM asks of it equals torch.distributed, and a rank that leaves is not waited for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.engine import communicator, groups
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(120)]
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16,
+    torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
+]  # fmt: skip
+SHAPES = [(1,), (3, 5), (8, 257), (70, 1000), (3, 1 << 18)]
+Body = Callable[[int, Any], Any]
+
+
+def _rank(rank: int, ranks: int, store: str, body: Body, results: Any) -> None:
+    try:
+        signal.alarm(100)
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        results.put((rank, body(rank, dist.group.WORLD)))
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+
+
+def run(tmp_path: Path, ranks: int, body: Body) -> list[Any]:
+    """What each rank returned; a traceback for one that failed. Ranks that are killed return nothing."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    store = str(tmp_path / "store")
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, store, body, results)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    deadline_s = monotonic_s() + 100
+    while len(found) < ranks and monotonic_s() < deadline_s:
+        while not results.empty():
+            rank, value = results.get()
+            found[rank] = value
+        if all(not process.is_alive() for process in processes) and results.empty():
+            break
+        sleep_s(0.01)
+    for process in processes:
+        process.kill()
+        process.join()
+    return [found.get(rank) for rank in range(ranks)]
+
+
+def numbers(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    made = torch.Generator().manual_seed(rank + 1)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=made).to(dtype)
+    return torch.randint(0, 40, shape, generator=made).to(dtype)
+
+
+def collectives(world: Any) -> communicator.TensorParallelCollectives:
+    shared = communicator.SharedMemory.form(world)
+    assert shared is not None
+    return communicator.TensorParallelCollectives("tp:0", world, shared)
+
+
+def same_as_torch(rank: int, world: Any) -> str:
+    ours = collectives(world)
+    ranks = dist.get_world_size(world)
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            mine = numbers(rank, shape, dtype)
+            every = [numbers(peer, shape, dtype) for peer in range(ranks)]
+
+            total = mine.clone()
+            ours.all_reduce(total, group=world)
+            through = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            expected = torch.zeros(shape, dtype=through)
+            for part in every:
+                expected = expected + part.to(through)
+            assert torch.equal(total, expected.to(dtype)), (dtype, shape)
+            if dtype in (torch.float32, torch.float64, torch.int32, torch.int64):
+                theirs = mine.clone()
+                dist.all_reduce(theirs, group=world)
+                assert torch.allclose(total, theirs, atol=1e-5), (dtype, shape)  # added in another order
+
+            gathered = torch.empty((ranks * shape[0], *shape[1:]), dtype=dtype)
+            ours.all_gather_into_tensor(gathered, mine, group=world)
+            assert torch.equal(gathered, torch.cat(every)), (dtype, shape)
+
+            for to in range(ranks):
+                parts = [torch.empty_like(mine) for _ in range(ranks)] if rank == to else None
+                ours.gather(mine, parts, dst=to, group=world)
+                if parts is not None:
+                    assert all(torch.equal(part, whole) for part, whole in zip(parts, every, strict=True))
+
+    flags = torch.tensor([rank == 0, False])
+    ours.all_reduce(flags, group=world)  # what we cannot add is left to gloo
+    assert flags.tolist() == [True, False]
+    across = numbers(rank, (6, 8), torch.float32).t()
+    ours.all_reduce(across, group=world)
+    assert torch.equal(across, sum(numbers(peer, (6, 8), torch.float32) for peer in range(ranks)).t())
+    return "same"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_vllm_asks_for_equals_torch(tmp_path: Path, ranks: int) -> None:
+    assert run(tmp_path, ranks, same_as_torch) == ["same"] * ranks
+
+
+def a_long_one(rank: int, world: Any) -> str:
+    ours = collectives(world)
+    for dtype, count in ((torch.float32, 1 << 24), (torch.bfloat16, 1 << 25)):
+        tensor = torch.full((count,), float(rank + 1), dtype=dtype)
+        tensor[-1] = 7.0
+        ours.all_reduce(tensor, group=world)
+        assert tensor[:-1].min() == tensor[:-1].max() == 10
+        assert tensor[-1] == 28
+    return "same"
+
+
+def test_64_mib_on_four_ranks(tmp_path: Path) -> None:
+    assert run(tmp_path, 4, a_long_one) == ["same"] * 4
+
+
+def one_cannot(rank: int, world: Any) -> str:
+    if rank == 1:
+        communicator._open = _refuse
+    shared = communicator.SharedMemory.form(world)
+    tensor = torch.ones(3)
+    communicator.TensorParallelCollectives("tp:0", world, shared).all_reduce(tensor)  # all are still in step
+    return f"{shared} {int(tensor[0])}"
+
+
+def _refuse(pid: int, fd: int) -> Any:
+    raise PermissionError(f"/proc/{pid}/fd/{fd}")
+
+
+def test_all_fall_back_where_one_cannot(tmp_path: Path) -> None:
+    assert run(tmp_path, 3, one_cannot) == ["None 3"] * 3
+
+
+def endless(rank: int, world: Any, *, leaves: Callable[[], None]) -> tuple[float, str]:
+    ours = collectives(world)
+    tensor, began_s = torch.ones(1000), monotonic_s()
+    try:
+        for turn in range(10**9):
+            if rank == 1 and turn == 50:
+                leaves()
+            ours.all_reduce(tensor, group=world)
+    except Exception as error:
+        return monotonic_s() - began_s, f"{groups.peer_left(error)}: {error}"
+    raise AssertionError
+
+
+def test_survivors_of_a_kill_leave(tmp_path: Path) -> None:
+    def body(rank: int, world: Any) -> Any:
+        return endless(rank, world, leaves=lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    first, _, last = run(tmp_path, 3, body)
+    for _, reason in (first, last):
+        assert reason.startswith("True: ")
+        assert "has ended" in reason or "left the group" in reason
+
+
+def test_leaving_the_groups_makes_peers_leave(tmp_path: Path) -> None:
+    """As a rank does when its step raises: the others must not wait for it."""
+
+    def body(rank: int, world: Any) -> Any:
+        return endless(rank, world, leaves=groups.leave_groups)
+
+    first, _, last = run(tmp_path, 3, body)
+    for _, reason in (first, last):
+        assert reason.startswith("True: ")
+        assert "a peer has left" in reason
