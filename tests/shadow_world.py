@@ -106,11 +106,14 @@ class World:
         checksums = []
         for piece in step.pieces[:pieces]:
             frame = piece.frames[rank]
-            data = bytes(self.kv[rank][piece.block][piece.start : piece.stop])
-            self.arena[frame][piece.start : piece.stop] = data
-            known = {0: 0} if piece.start == 0 else self.progress[rank][frame]
-            checksum = zlib.crc32(data, known[piece.start])
-            self.progress[rank][frame] = {piece.start: known[piece.start], piece.stop: checksum}
+            known = self.progress[rank].get(frame, {})
+            start = piece.start if piece.start in known else 0
+            known = known if start else {0: 0}
+            data = bytes(self.kv[rank][piece.block][start : piece.stop])
+            self.arena[frame][start : piece.stop] = data
+            checksum = zlib.crc32(data, known[start])
+            kept = {slots: crc for slots, crc in known.items() if slots <= start}
+            self.progress[rank][frame] = {**kept, piece.stop: checksum}
             checksums.append(checksum)
         return checksums
 
@@ -138,21 +141,19 @@ class World:
         """The step is accepted, but a rank could not mirror: what the guard does then."""
         for rank in range(self.ranks):
             self.run(step, rank)
-        for piece in step.pieces:
-            self.manifest.drop(piece.block)
-            self.manifest.unprotected[piece.block] = (piece.group, piece.stop == self.size(piece.block))
+        self.manifest.miss(step.pieces)
         for write, data in step.writes:
             before = self.committed.get(write.block, [b""] * self.ranks)
             first = write.stop - len(data[0])
             self.committed[write.block] = [old[:first] + new for old, new in zip(before, data, strict=True)]
 
-    def take_out(self, step: OpenStep, block: int) -> None:
-        """The request that writes `block` leaves the step: it recomputes, and the block is free."""
-        gone = [piece for piece in step.pieces if piece.block == block]
-        self.manifest.withdraw(gone)
+    def take_out(self, steps: Sequence[OpenStep], block: int) -> None:
+        """The request that writes `block` leaves the steps in flight: it recomputes, and the block is free."""
+        for step in steps:
+            self.manifest.withdraw(piece for piece in step.pieces if piece.block == block)
+            step.pieces = [piece for piece in step.pieces if piece.block != block]
+            step.writes = [(write, data) for write, data in step.writes if write.block != block]
         self.forget(block)
-        step.writes = [(write, data) for write, data in step.writes if write.block != block]
-        step.pieces = list(self.manifest.current(step.pieces))
 
     def forget(self, block: int) -> None:
         """Nothing may read this block any more."""

@@ -368,29 +368,81 @@ def test_a_rank_that_dies_in_a_step_costs_nothing_that_was_committed(died: str) 
     assert world.manifest.source(1, needed=3, lost=FIRST).choice is Source.MIRROR
 
 
-@pytest.mark.parametrize("careful", [True, False])
-def test_a_retried_step_must_not_write_frames_of_blocks_that_were_given_up(careful: bool) -> None:
-    """They are another's by then. Block 3 is lost while a step catches it up; its frames become block 1's parity."""
-    world = World(random.Random(2), block_sizes=(SIZE,), frames=7)
+class HandsFramesOfOpenStepsBack(Manifest):
+    """Does not wait for the steps in flight before it gives a dropped block's frames away."""
+
+    def drop(self, block: int) -> None:
+        if (entry := self.entries.get(block)) is not None:
+            entry.open_pieces = 0
+        Manifest.drop(self, block)
+
+
+@pytest.mark.parametrize("kind", [Manifest, HandsFramesOfOpenStepsBack])
+def test_frames_of_a_block_that_was_given_up_are_not_anothers_before_its_step_has_run(
+    kind: type[Manifest],
+) -> None:
+    """Block 3 is lost while a step catches it up: its frames must not become block 1's parity yet."""
+    world = World(random.Random(2), block_sizes=(SIZE,), frames=7, kind=kind)
     world.accept(world.plan([world.write(1, 0, SIZE)]))
     world.manifest.unprotected[3] = (0, True)
     world.committed[3] = [bytes(SIZE)] * world.ranks
     step = world.plan([], catch_up=True)
     world.lose(0)
     assert world.written(3) == 0, "it was lost"
-    world.wipes.append(world.manifest.take_retired())
-    world.keeper_wipes()
+    if retired := world.manifest.take_retired():
+        world.wipes.append(retired)
+        world.keeper_wipes()
     world.pump()
+    taken = set(world.jobs[0].parity) & {frame for piece in step.pieces for frame in piece.frames}
     world.keeper_encodes()
-    if careful:
-        step.pieces = list(world.manifest.current(step.pieces))
-        assert step.pieces == []
     world.accept(step)
-    if careful:
+    if kind is Manifest:
+        assert not taken
         world.check()
     else:
+        assert taken
         with pytest.raises(AssertionError, match="fails its checksum"):
             world.check()
+
+
+def test_a_step_with_pieces_of_blocks_that_were_given_up_is_sent_without_them() -> None:
+    shadow = manifest()
+    piece, other = shadow.plan(write(1, 0, 2)), shadow.plan(write(2, 0, 2))
+    assert piece is not None
+    assert other is not None
+    shadow.drop(1)
+    assert shadow.take_retired() == (), "a rank may still write there"
+    assert shadow.current([piece, other]) == (other,)
+    assert shadow.take_retired() == piece.frames
+    shadow.check()
+
+
+def test_two_steps_in_flight_commit_one_after_the_other() -> None:
+    shadow = manifest()
+    first, second = shadow.plan(write(1, 0, 2)), shadow.plan(write(1, 2, SIZE))
+    assert (first, second) != (None, None)
+    assert shadow.source(1, needed=1, lost=FIRST).choice is Source.LOST, "nothing is accepted"
+    commit(shadow, first)
+    assert shadow.source(1, needed=2, lost=FIRST).choice is Source.MIRROR
+    assert shadow.source(1, needed=3, lost=FIRST).choice is Source.LOST
+    shadow.check()
+    commit(shadow, second)
+    assert shadow.entries[1].state is BlockState.SEALED
+    shadow.check()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_steps_in_flight_are_withdrawn_in_any_order(order: tuple[int, int]) -> None:
+    shadow = manifest()
+    protect(shadow, 1, slots=1)
+    grown = [shadow.plan(write(1, 1, 2)), shadow.plan(write(1, 2, 3))]
+    fresh = [shadow.plan(write(2, 0, 2)), shadow.plan(write(2, 2, 3))]
+    for index in order:
+        shadow.withdraw(piece for piece in (grown[index], fresh[index]) if piece is not None)
+        shadow.check()
+    assert (shadow.entries[1].slots, shadow.entries[1].planned) == (1, 1)
+    assert 2 not in shadow.entries
+    assert len(shadow.take_retired()) == RANKS
 
 
 # ---- where a block can come from -------------------------------------------------------------------------------------
@@ -451,35 +503,62 @@ def some_writes(world: World, rng: random.Random) -> list[tuple[Write, list[byte
     return writes
 
 
-def take_step(world: World, rng: random.Random) -> None:
-    step = world.plan(some_writes(world, rng), catch_up=rng.random() < 0.7)
+def more_writes(world: World, rng: random.Random, before: OpenStep) -> list[tuple[Write, list[bytes]]]:
+    """What a scheduler might send while a step is in flight: its blocks grow, and others are begun."""
+    writes = []
+    for block in rng.sample(range(1, world.blocks), k=rng.randint(1, 4)):
+        coming = next((write for write, _ in before.writes if write.block == block), None)
+        size, known = world.size(block), world.written(block) if coming is None else coming.stop
+        if 0 < known < size:
+            writes.append(world.write(block, known, rng.randint(known + 1, size)))
+        elif coming is None:
+            writes.append(world.write(block, 0, rng.randint(1, size)))
+    return writes
+
+
+def take_steps(world: World, rng: random.Random) -> None:
+    """One step, or two in flight; losses on the way; accepted in order."""
+    steps = [world.plan(some_writes(world, rng), catch_up=rng.random() < 0.7)]
+    if rng.random() < 0.5:
+        world.check()
+        steps.append(world.plan(more_writes(world, rng, steps[0]), catch_up=rng.random() < 0.3))
+        world.seen.add("two in flight")
     for _ in range(rng.choices([0, 1, 2], weights=[8, 2, 1])[0]):
-        torn(world, rng, step)
-    if rng.random() < 0.05:
-        world.unstaged(step)
-    else:
-        world.accept(step)
+        torn(world, rng, steps)
+    while steps:
+        if rng.random() < 0.05:
+            world.unstaged(steps.pop(0))
+        else:
+            world.accept(steps.pop(0))
+        background(world, rng)
+        world.check()
+        if steps and rng.random() < 0.1:
+            torn(world, rng, steps)
 
 
-def torn(world: World, rng: random.Random, step: OpenStep) -> None:
-    """Ranks get to different points of the step, one dies; its block comes back and the step is tried again."""
+def torn(world: World, rng: random.Random, steps: list[OpenStep]) -> None:
+    """Ranks get to different points of the steps, one dies; its block comes back and all are tried again."""
     for rank in range(world.ranks):
-        reached = rng.randint(0, 2)
-        if reached:
+        for step in steps[: rng.randint(0, len(steps))]:
             world.run(step, rank)
-        if reached == 2:
-            world.tear(step, rank, pieces=rng.randint(0, len(step.pieces)))
+            if rng.random() < 0.3:
+                world.tear(step, rank, pieces=rng.randint(0, len(step.pieces)))
+                break
+            world.stage(step, rank)
     world.seen.add("torn")
     background(world, rng)
     world.check()
     world.lose(rng.randrange(world.ranks))
-    step.pieces = list(world.manifest.current(step.pieces))
+    # A tail whose earlier slots are gone cannot be written on: its request leaves the steps.
+    for index, step in enumerate(steps):
+        for write, _ in list(step.writes):
+            starts = 0 if write.whole else write.start
+            earlier = [w.stop for before in steps[:index] for w, _ in before.writes if w.block == write.block]
+            if starts and max([world.written(write.block), *earlier]) < starts:
+                world.take_out(steps, write.block)
+    for step in steps:
+        step.pieces = list(world.manifest.current(step.pieces))
     background(world, rng)
-    # A tail whose earlier slots are gone cannot be written on: its request leaves the step.
-    for write, _ in list(step.writes):
-        starts = 0 if write.whole else write.start
-        if starts and world.written(write.block) < starts:
-            world.take_out(step, write.block)
     world.check()
 
 
@@ -509,7 +588,7 @@ def random_life(seed: int, *, kind: type[Manifest] = Manifest, operations: int =
     world = World(rng, frames=rng.choice([8, 14, 25, 60]), compact=rng.random() < 0.85, kind=kind)
     for _ in range(operations):
         happens: Callable[[World, random.Random], None] = rng.choices(
-            [take_step, background, give_up_something], weights=[6, 5, 2]
+            [take_steps, background, give_up_something], weights=[6, 5, 2]
         )[0]
         happens(world, rng)
         world.check()
@@ -532,7 +611,7 @@ def test_random_lives() -> None:
     seen: set[str] = set()
     for seed in range(50):
         seen |= random_life(seed)
-    assert seen >= {"mirror", "parity", "lost", "torn", "encoded", "caught up"}
+    assert seen >= {"mirror", "parity", "lost", "torn", "encoded", "caught up", "two in flight"}
     assert "refused" not in seen, "no mirror ever differs from its checksum"
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ghostserve.errors import CorruptionError
 from ghostserve.shadow.mirror import GroupMap, Mirror
+from ghostserve.types import STEPS_IN_FLIGHT_MAX
 
 BLOCKS, SIZE, HEADS, HEAD = 5, 4, 2, 8
 FRAMES, FRAME_BYTES = 6, 4096
@@ -162,15 +163,24 @@ def test_a_survivor_that_had_not_staged_goes_on_where_it_was() -> None:
 
 
 def test_a_log_is_not_continued_from_a_point_nobody_knows() -> None:
-    """So a gap is an error that leaves the block unprotected, never a checksum over bytes of another."""
+    """It is taken from live KV as a whole: never a checksum over bytes of another."""
     rank = new_rank()
     stage(rank, 1, 0, 1)
-    stage(rank, 1, 1, 2)
-    stage(rank, 1, 2, 3)
-    with pytest.raises(KeyError):
-        stage(rank, 1, 1, 3)
-    with pytest.raises(KeyError):
-        stage(rank, 1, 3, 4, frame=5)
+    stage(rank, 1, 1, 3)
+    whole = new_rank()
+    expected = stage(whole, 1, 0, 4)
+    assert stage(rank, 1, 2, 4) == expected
+    assert stage(rank, 1, 3, 4, frame=5) == expected
+    for frame in (0, 5):
+        assert np.array_equal(rank.frame(frame), whole.frame(0))
+
+
+def test_steps_in_flight_are_staged_again_from_where_the_first_began() -> None:
+    rank = new_rank()
+    stage(rank, 1, 0, 1)
+    once = [stage(rank, 1, start, start + 1) for start in range(1, 1 + STEPS_IN_FLIGHT_MAX)]
+    again = [stage(rank, 1, start, start + 1) for start in range(1, 1 + STEPS_IN_FLIGHT_MAX)]
+    assert once == again
 
 
 def test_a_frame_that_is_used_again_starts_from_nothing() -> None:
@@ -178,16 +188,13 @@ def test_a_frame_that_is_used_again_starts_from_nothing() -> None:
     stage(rank, 1, 0, 3)
     checksum = stage(rank, 2, 0, 1)
     assert checksum == zlib.crc32(rank.frame(0)[: rank.slot_bytes(0)].tobytes())
-    with pytest.raises(KeyError):
-        stage(rank, 1, 3, 4)
+    assert stage(rank, 1, 3, 4) == stage(new_rank(), 1, 0, 4)
 
 
 def test_a_newcomer_continues_the_log_of_its_predecessor() -> None:
     old = new_rank()
     checksum = stage(old, 1, 0, 2)
     newcomer = new_rank(arena=old.frames, seed=1)
-    with pytest.raises(KeyError):
-        stage(newcomer, 1, 2, 3)
     adopt(newcomer, 1, 2, frame=0, checksum=checksum)
     newcomer.seed_progress(frame=0, slots=2, checksum=checksum)
     after = stage(newcomer, 1, 2, 3)

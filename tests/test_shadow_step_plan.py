@@ -113,16 +113,16 @@ def test_several_groups_each_with_blocks_of_its_own() -> None:
     tables = BlockTables((4, 8))
     found = tables.apply(step(new("a", [1, 2, 3], [10, 11], scheduled=10)))
     assert found == [
-        Write(block=1, group=0, start=0, stop=4),
-        Write(block=2, group=0, start=4 - 4, stop=4),
-        Write(block=3, group=0, start=0, stop=2),
-        Write(block=10, group=1, start=0, stop=8),
-        Write(block=11, group=1, start=0, stop=2),
+        Write(block=1, group=0, start=0, stop=4, request_id="a"),
+        Write(block=2, group=0, start=4 - 4, stop=4, request_id="a"),
+        Write(block=3, group=0, start=0, stop=2, request_id="a"),
+        Write(block=10, group=1, start=0, stop=8, request_id="a"),
+        Write(block=11, group=1, start=0, stop=2, request_id="a"),
     ]
     found = tables.apply(step(known("a", [], [], computed=10)))
     assert found == [
-        Write(block=3, group=0, start=2, stop=3),
-        Write(block=11, group=1, start=2, stop=3),
+        Write(block=3, group=0, start=2, stop=3, request_id="a"),
+        Write(block=11, group=1, start=2, stop=3, request_id="a"),
     ]
 
 
@@ -139,8 +139,8 @@ def test_blocks_outside_a_sliding_window_are_not_written() -> None:
 def test_copied_and_zeroed_blocks_changed_as_a_whole(tables: BlockTables) -> None:
     found = tables.apply(step(new("a", [1, 2, 3], computed=6, scheduled=4), copied=(2,), zeroed=(3, 99)))
     assert found == [
-        Write(block=2, group=0, start=2, stop=4, whole=True),
-        Write(block=3, group=0, start=0, stop=2, whole=True),
+        Write(block=2, group=0, start=2, stop=4, whole=True, request_id="a"),
+        Write(block=3, group=0, start=0, stop=2, whole=True, request_id="a"),
     ]
 
 

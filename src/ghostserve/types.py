@@ -8,6 +8,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+STEPS_IN_FLIGHT_MAX = 3
+"""Steps that may be sent and not accepted yet, at most: what is kept of past steps must reach so far back."""
+
 
 class Phase(Enum):
     """One phase of a recovery; the same names in code, metrics and the page."""

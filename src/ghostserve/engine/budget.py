@@ -8,8 +8,9 @@ from ghostserve.arena.control import CONTROL_BYTES
 from ghostserve.arena.staging import StagingArea
 from ghostserve.engine.messages import RankLayout
 from ghostserve.errors import UsageError
+from ghostserve.types import STEPS_IN_FLIGHT_MAX
 
-STAGING_RING = 8  # two records per step: four steps
+STAGING_RING = 2 * (STEPS_IN_FLIGHT_MAX + 1)  # two records per step; the last accepted one's are needed too
 GENERATOR_BYTES = 5200  # a CPU generator's state and its request id, with room
 JOBS_IN_FLIGHT_MAX = 8
 REBUILD_BLOCKS = 16  # decoded at a time

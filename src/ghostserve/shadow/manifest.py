@@ -4,9 +4,9 @@
          ▲                      │                        │               │                │
          └──────────────────────┴── block id reused, rewritten or given up (generation + 1)┘
 
-An entry's frames are its own until it is dropped; a frame named in an open keeper job is handed back only when
-the job is answered. `planned` runs ahead of `slots` by the steps that are not accepted yet: only `slots` may
-ever be restored.
+An entry's frames are its own until it is dropped; a frame named in an open keeper job, or in a piece of a step that
+may still run, is handed back only when the job is answered and the piece committed or withdrawn. `planned` runs ahead
+of `slots` by the steps that are not accepted yet: only `slots` may ever be restored.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Entry:
     parity: tuple[int, ...] = ()
     parity_checksums: tuple[int, ...] = ()
     job: int | None = None
-    dropped: bool = False  # given up while a job was open
+    open_pieces: int = 0  # of steps that are not accepted yet
+    dropped: bool = False  # given up; its frames may still be written or read
     caught_up: bool = False  # copied from live KV: without its mirrors the block still holds data
 
 
@@ -109,6 +110,9 @@ class Manifest:
     unprotected: dict[int, tuple[int, bool]] = field(default_factory=dict)  # block -> (group, fully written)
     _generations: dict[int, int] = field(default_factory=dict)
     _jobs: dict[int, Entry] = field(default_factory=dict)
+    _dropped: dict[tuple[int, int], Entry] = field(
+        default_factory=dict
+    )  # (block, generation) with open pieces
     _sealed: dict[int, None] = field(default_factory=dict)  # insertion-ordered set of block ids
     _next_job: int = 1
     _to_wipe: list[int] = field(default_factory=list)
@@ -148,35 +152,59 @@ class Manifest:
     def commit(self, pieces: Sequence[Piece], checksums: Sequence[Sequence[int]]) -> None:
         """The step is accepted: `checksums[rank][i]` covers the log of `pieces[i]` up to its `stop`."""
         for index, piece in enumerate(pieces):
-            entry = self.entries.get(piece.block)
-            if entry is None or entry.generation != piece.generation:
-                continue  # given up between plan and commit
+            entry = self._close_piece(piece)
+            if entry is None:  # given up between plan and commit
+                if piece.block in self.unprotected and self._generations[piece.block] == piece.generation:
+                    self._mark_unprotected(piece.block, piece.group, piece.stop)
+                continue
             entry.slots = piece.stop
             entry.checksums = tuple(of_rank[index] for of_rank in checksums)
             if entry.slots == self.block_sizes[entry.group]:
                 entry.state = BlockState.SEALED
                 self._sealed[entry.block] = None
 
+    def miss(self, pieces: Iterable[Piece]) -> None:
+        """The step was accepted but these were not mirrored: a gap, until a catch-up of the whole block."""
+        for piece in pieces:
+            if self._close_piece(piece) is not None:
+                self.drop(piece.block)
+                self._mark_unprotected(piece.block, piece.group, piece.stop)
+
     def withdraw(self, pieces: Iterable[Piece]) -> None:
         """The step will not run with these pieces: forget what it planned."""
         for piece in pieces:
-            entry = self.entries.get(piece.block)
-            if entry is None or entry.generation != piece.generation:
+            entry = self._close_piece(piece)
+            if entry is None:
                 continue
-            if entry.slots == 0:
+            if piece.start == 0:
                 self.drop(piece.block)
                 if entry.caught_up:
                     self._mark_unprotected(entry.block, entry.group, piece.stop)
             else:
-                entry.planned = entry.slots
+                entry.planned = min(entry.planned, piece.start)
 
     def current(self, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-        """Those whose block was not given up since they were planned: the frames of others may be another's."""
-        return tuple(
-            piece
-            for piece in pieces
-            if (entry := self.entries.get(piece.block)) is not None and entry.generation == piece.generation
-        )
+        """Those whose block was not given up since they were planned. The others must not be run any more."""
+        kept = []
+        for piece in pieces:
+            entry = self.entries.get(piece.block)
+            if entry is not None and entry.generation == piece.generation:
+                kept.append(piece)
+            else:
+                self._close_piece(piece)
+        return tuple(kept)
+
+    def _close_piece(self, piece: Piece) -> Entry | None:
+        """A piece's step has run, or never will. Its entry, None if that was given up meanwhile."""
+        entry = self.entries.get(piece.block)
+        if entry is not None and entry.generation == piece.generation:
+            entry.open_pieces -= 1
+            return entry
+        dropped = self._dropped.get((piece.block, piece.generation))
+        if dropped is not None:
+            dropped.open_pieces -= 1
+            self._retire_if_unused(dropped)
+        return None
 
     # -- compaction ------------------------------------------------------------------------------------
 
@@ -211,7 +239,7 @@ class Manifest:
             return
         entry.job = None
         if entry.dropped:
-            self._retire(entry)
+            self._retire_if_unused(entry)
         elif not ok:
             self.encode_failures += 1
             self.drop(entry.block)
@@ -232,8 +260,8 @@ class Manifest:
             return
         self._sealed.pop(block, None)
         entry.dropped = True
-        if entry.job is None:
-            self._retire(entry)
+        self._dropped[block, entry.generation] = entry
+        self._retire_if_unused(entry)
 
     def drop_all(self) -> None:
         """Forget everything: what was written is not known any more, so no block may be believed."""
@@ -247,7 +275,7 @@ class Manifest:
             if freed >= frames:
                 break
             entry = self.entries.get(block)
-            if entry is None or entry.job is not None:
+            if entry is None or entry.job is not None or entry.open_pieces:
                 continue
             freed += len(entry.mirrors) + len(entry.parity)
             group, full = entry.group, entry.slots == self.block_sizes[entry.group]
@@ -303,11 +331,12 @@ class Manifest:
         """Invariants, for tests and for idle time."""
         self.pool.check()
         seen: set[int] = set()
-        for entry in [*self.entries.values(), *(e for e in self._jobs.values() if e.dropped)]:
+        for entry in [*self.entries.values(), *self._dropped.values()]:
             frames = set(entry.mirrors) | set(entry.parity)
             assert not frames & seen, f"block {entry.block} shares frames {sorted(frames & seen)}"
             seen |= frames
             assert entry.slots <= entry.planned <= self.block_sizes[entry.group], entry
+            assert entry.open_pieces > 0 if entry.slots < entry.planned else entry.open_pieces >= 0, entry
             assert (entry.state is BlockState.CODED) == (not entry.mirrors), entry
             assert (entry.job is not None) == (entry.state is BlockState.CODING), entry
         assert len(seen) == self.pool.used_count, f"{self.pool.used_count} frames in use, {len(seen)} known"
@@ -329,6 +358,7 @@ class Manifest:
 
     def _piece(self, entry: Entry, start: int, stop: int) -> Piece:
         entry.planned = stop
+        entry.open_pieces += 1
         return Piece(
             block=entry.block,
             group=entry.group,
@@ -341,9 +371,12 @@ class Manifest:
     def _mark_unprotected(self, block: int, group: int, written: int) -> None:
         self.unprotected[block] = (group, written == self.block_sizes[group])
 
-    def _retire(self, entry: Entry) -> None:
-        self._retire_frames((*entry.mirrors, *entry.parity))
-        entry.mirrors = entry.parity = ()
+    def _retire_if_unused(self, entry: Entry) -> None:
+        """The frames of an entry that was given up, once nobody writes or reads them any more."""
+        if entry.job is None and entry.open_pieces == 0:
+            del self._dropped[entry.block, entry.generation]
+            self._retire_frames((*entry.mirrors, *entry.parity))
+            entry.mirrors = entry.parity = ()
 
     def _retire_frames(self, frames: tuple[int, ...]) -> None:
         self.pool.retire(frames)

@@ -16,6 +16,7 @@ import torch
 
 from ghostserve.errors import CorruptionError
 from ghostserve.shadow.layout import GroupLayout, Layout, words_fingerprint
+from ghostserve.types import STEPS_IN_FLIGHT_MAX
 
 _WORD_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -89,15 +90,17 @@ class Mirror:
         Writes only that range of the frame, so what was committed before stays whole if we die here.
         """
         size = self.slot_bytes(group)
+        known = self._progress.get(frame, {})
+        if start not in known:  # the step before was not staged: all of it, from what is there
+            start, known = 0, {}
+        if start == 0:
+            known = {0: 0}
         target = self._frame(frame)[start * size : stop * size]
         self._gather(block, group, start, stop, target)
-        known = self._progress.setdefault(frame, {})
-        if start == 0:
-            known.clear()
-            known[0] = 0
         checksum = zlib.crc32(target.data, known[start])
-        # Keep the step before too: a failed step is staged again from the same start.
-        self._progress[frame] = {start: known[start], stop: checksum}
+        # Where the steps before began is kept too: after a loss, all that were in flight are staged again.
+        kept = sorted(slots for slots in known if slots <= start)[-STEPS_IN_FLIGHT_MAX:]
+        self._progress[frame] = {**{slots: known[slots] for slots in kept}, stop: checksum}
         return checksum
 
     def export(self, *, block: int, group: int, frame: int) -> None:

@@ -40,13 +40,14 @@ class StepIncrement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
-    """Slots [start, stop) of `block` get written; `whole` if slots before `start` changed as well."""
+    """Slots [start, stop) of `block` get written for a request; `whole` if slots before `start` changed as well."""
 
     block: int
     group: int
     start: int
     stop: int
     whole: bool = False
+    request_id: str = ""
 
 
 @dataclass(slots=True)
@@ -86,4 +87,11 @@ class BlockTables:
                 if block == NULL_BLOCK:
                     continue
                 start, stop = max(first - index * size, 0), min(last - index * size, size)
-                yield Write(block=block, group=group, start=start, stop=stop, whole=block in touched_whole)
+                yield Write(
+                    block=block,
+                    group=group,
+                    start=start,
+                    stop=stop,
+                    whole=block in touched_whole,
+                    request_id=request.request_id,
+                )
