@@ -18,6 +18,12 @@ SILENCE_MAX_S = 8.0
 TERMINAL = pytest.StashKey[int]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--serving", default="v1-sync", help="model runner and scheduling of the servers under test"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keep a way to the terminal that capturing, which redirects descriptor 1, does not close; take Ctrl-C as in a terminal."""
     config.stash[TERMINAL] = os.dup(1)

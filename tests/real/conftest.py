@@ -8,7 +8,12 @@ import pytest
 
 from real import kit
 
-SERVERS_MAX = 8
+SERVERS_MAX = 10
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _serving_as_asked(pytestconfig: pytest.Config) -> None:
+    kit.DEFAULT_SERVING[0] = pytestconfig.getoption("--serving")
 
 
 @pytest.fixture(scope="session", autouse=True)

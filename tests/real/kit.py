@@ -20,6 +20,7 @@ import ghostserve
 from ghostserve.testing.client import StreamResult, stream_completion
 from ghostserve.testing.oracle import compare_choices
 from ghostserve.testing.server import ServerProcess, ghostserve_command
+from real.overlay import v2_environment
 
 TINY = Path(ghostserve.__file__).parent / "models" / "tiny-llama"
 PROMPTS = {
@@ -28,6 +29,13 @@ PROMPTS = {
 }
 SERVER_ENV = {"VLLM_SERVER_DEV_MODE": "1"}
 STARTED: list[str] = []  # every server start of this session, by configuration
+SERVING = {  # flags and environment: model runner and scheduling
+    "v1-sync": ((), dict),
+    "v1-async": (("--async-scheduling",), dict),
+    "v2-sync": ((), v2_environment),
+    "v2-async": (("--async-scheduling",), v2_environment),
+}
+DEFAULT_SERVING = ["v1-sync"]  # `pytest --serving` puts another here
 _salts = itertools.count()
 
 
@@ -40,6 +48,11 @@ class Ask:
     temperature: float = 0.0
     seed: int | None = None
     n: int = 1
+    regex: str | None = None
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        return {} if self.regex is None else {"structured_outputs": {"regex": self.regex}}
 
     @property
     def body(self) -> dict[str, Any]:
@@ -77,6 +90,7 @@ class Served:
             cache_salt=salt or fresh_salt(),
             on_token=on_token,
             timeout_s=timeout_s,
+            extra=ask.extra,
             **ask.body,
         )
 
@@ -178,9 +192,15 @@ def fresh_salt() -> str:
 
 
 def serve(
-    tmp_path: Path, name: str, *flags: str, model: Path = TINY, env: dict[str, str] | None = None
+    tmp_path: Path,
+    name: str,
+    *flags: str,
+    model: Path = TINY,
+    env: dict[str, str] | None = None,
+    serving: str | None = None,
 ) -> Served:
     """Start a server of ours for one configuration and wait for it."""
+    more_flags, more_env = SERVING[serving or DEFAULT_SERVING[0]]
     command = ghostserve_command(
         model,
         "--tensor-parallel-size", "2",
@@ -193,8 +213,9 @@ def serve(
         "--enable-prompt-tokens-details",
         "--served-model-name", "tiny",
         *flags,
+        *more_flags,
     )  # fmt: skip
-    server = ServerProcess(command, log_dir=tmp_path, env={**SERVER_ENV, **(env or {})})
+    server = ServerProcess(command, log_dir=tmp_path, env={**SERVER_ENV, **more_env(), **(env or {})})
     STARTED.append(name)
     server.start()
     server.wait_ready(timeout_s=300)

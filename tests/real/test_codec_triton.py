@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-TRITON = "triton==3.7.1"
-OVERLAY = Path(sys.prefix) / "triton-overlay"
+from real.overlay import triton
+
 TESTS = Path(__file__).parents[1]
 
 CONTRACT = """
@@ -75,23 +75,7 @@ print(f"{count} patterns")
 
 @pytest.fixture(scope="module")
 def overlay() -> Path:
-    """Where Triton is; put there once for each environment."""
-    done = OVERLAY / f".{TRITON}"
-    if not done.exists():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--no-deps",
-            "--upgrade",
-            "--target",
-            str(OVERLAY),
-            TRITON,
-        ]
-        subprocess.run(pip, check=True, timeout=250, stdout=subprocess.DEVNULL)
-        done.touch()
-    return OVERLAY
+    return triton()
 
 
 def run(overlay: Path, which: str) -> subprocess.CompletedProcess[str]:

@@ -119,14 +119,14 @@ def test_the_byte_comparison_can_fail(served: Served) -> None:
 
 @pytest.mark.parametrize("with_copy", [True, False], ids=["rng restored", "negative control"])
 def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
-    """Unseeded sampling draws from each rank's default generator: a newcomer must take over its state."""
+    """Unseeded sampling draws from states of each rank's own: a newcomer must take them over."""
     served.server.set_switch("skip_rng_restore", not with_copy)
-    found: list[list[dict[str, list[int]]]] = []
+    found: list[list[str]] = []
 
     def kill_then_look() -> None:
         served.kill(1)
 
-    hurt, look = Hurt(60, kill_then_look), Hurt(140, lambda: found.append(served.rpc("ghost_output_ids")))
+    hurt, look = Hurt(60, kill_then_look), Hurt(140, lambda: found.append(served.rpc("ghost_digest")))
 
     def both(*arguments) -> None:
         hurt(*arguments)
@@ -135,8 +135,6 @@ def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
     result = served.run(Ask(temperature=0.8, max_tokens=170), on_token=both)
     assert result.error is None
     ((rank0, rank1),) = found
-    assert rank0.keys() == rank1.keys()
-    assert rank0
     assert (rank0 == rank1) is with_copy
 
 
@@ -167,13 +165,14 @@ def test_a_step_that_always_raises_fails_its_requests_only(served: Served) -> No
 
 def test_seeded_requests_in_a_prompt_chunk(served: Served) -> None:
     """Stock V1 on CPU raises for a seeded request whose prompt is chunked; ours serves it, and recompute
-    needs that. Both shown: with the work-around switched off, the request fails (and only it).
+    needs that. Both shown: with the work-around switched off, the request fails (and only it). V2 needs none.
     """
-    served.server.set_switch("stock_generators", True)
-    failed = served.run(LONG_SEEDED)
-    assert failed.error is not None or not failed.tokens_total, failed
-    served.server.set_switch("stock_generators", False)
-    served.settle()
+    if served.server.status()["model_runner"] == "V1":
+        served.server.set_switch("stock_generators", True)
+        failed = served.run(LONG_SEEDED)
+        assert failed.error is not None or not failed.tokens_total, failed
+        served.server.set_switch("stock_generators", False)
+        served.settle()
     assert_same(served.run(LONG_SEEDED), served.run(LONG_SEEDED))
 
 

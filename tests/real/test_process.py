@@ -41,7 +41,7 @@ def ghostserve(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedP
         (("--scheduler-cls", "some.Scheduler"), "--scheduler-cls"),
         (("--distributed-executor-backend", "ray"), "--distributed-executor-backend ray"),
         (("--kv-transfer-config", '{"kv_connector":"X","kv_role":"kv_both"}'), "--kv-transfer-config"),
-        (("--async-scheduling",), "--async-scheduling"),
+        (("--data-parallel-size", "2"), "--data-parallel-size > 1"),
     ],
 )
 def test_refused_flags(flags: tuple[str, ...], says: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -51,9 +51,9 @@ def test_refused_flags(flags: tuple[str, ...], says: str, capfd: pytest.CaptureF
 
 
 def test_a_refusal_as_a_process() -> None:
-    done = ghostserve("serve", str(TINY), "--tensor-parallel-size", "2", "--async-scheduling")
+    done = ghostserve("serve", str(TINY), "--tensor-parallel-size", "2", "--worker-cls", "some.Worker")
     assert done.returncode == 2, done.stderr[-800:]
-    assert "--async-scheduling" in done.stderr.splitlines()[-1]
+    assert "--worker-cls" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

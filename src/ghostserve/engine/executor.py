@@ -13,7 +13,6 @@ import os
 import weakref
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -25,36 +24,25 @@ from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import logs, session, weights_identity
 from ghostserve.engine.guard import Guard
+from ghostserve.engine.in_flight import OpenStep, grammar_of
 from ghostserve.engine.leftovers import Leftovers
 from ghostserve.engine.limits import refuse_unsupported, refuse_unsupported_kv
 from ghostserve.engine.messages import SampleMessage, StepMessage
 from ghostserve.engine.monitor import Monitor
 from ghostserve.engine.perform import Outcome, Performer
+from ghostserve.engine.rebuild import give_up_steps
 from ghostserve.engine.request_state import WorkersView
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent, Ring
 from ghostserve.engine.scheduler import FailedStep
 from ghostserve.engine.settings import Settings
+from ghostserve.engine.silence import who_is_silent
 from ghostserve.engine.start import Starter
 from ghostserve.engine.status import StatusWriter
-from ghostserve.recovery.detector import RUNNING, RankView, dead_ranks, verdict
-from ghostserve.shadow.manifest import Piece
 
 logger = logging.getLogger(__name__)
 
 STAMP_POLL_S = 0.0002
 WEIGHT_CHANGES = ("reload_weights", "update_weights", "load_model")
-
-
-@dataclass(slots=True, kw_only=True)
-class OpenStep:
-    """The step in flight. `sent` is what the workers got: the engine core's own, or less after rung 3."""
-
-    step: int
-    scheduler_output: Any
-    sent: Any
-    pieces: tuple[Piece, ...]
-    grammar_output: Any = None
-    sampling: bool = False
 
 
 class LazyFuture(Future[Any]):
@@ -80,7 +68,7 @@ class GhostExecutor(MultiprocExecutor):
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:
-        return False
+        return True
 
     # -- start and end ---------------------------------------------------------------------------------
 
@@ -104,7 +92,8 @@ class GhostExecutor(MultiprocExecutor):
         self.ring = Ring(self)
         self.view = WorkersView()
         self.kv_cache_configs: list[Any] = []
-        self.open_step: OpenStep | None = None
+        self.open_steps: list[OpenStep] = []  # sent and not accepted, oldest first
+        self._newest: OpenStep | None = None  # may have been given up meanwhile
         self._step = 0
         self.performer = Performer(self)
         self.monitor = Monitor(self)
@@ -167,23 +156,26 @@ class GhostExecutor(MultiprocExecutor):
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         with self.session.lock:
             self._step += 1
-            self.open_step = OpenStep(
+            step = OpenStep(
                 step=self._step,
                 scheduler_output=scheduler_output,
                 sent=scheduler_output,
                 pieces=getattr(scheduler_output, "ghost_pieces", ()),
             )
-            self._send_step(self.open_step)
-        future = LazyFuture(self._complete)
+            self.open_steps.append(step)
+            self._newest = step
+            self._send_step(step)
+        future = LazyFuture(lambda: self._complete(step, sampled=False))
         return future if non_block else future.result()
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
         with self.session.lock:
-            step = self.open_step
+            step = self._newest
             assert step is not None, "sample_tokens without a step"
             step.grammar_output, step.sampling = grammar_output, True
-            self._send_sample(step)
-        future = LazyFuture(self._complete)
+            if not step.done:
+                self._send_sample(step)
+        future = LazyFuture(lambda: self._complete(step, sampled=True))
         return future if non_block else future.result()
 
     def _send_step(self, step: OpenStep) -> None:
@@ -194,7 +186,9 @@ class GhostExecutor(MultiprocExecutor):
 
     def _send_sample(self, step: OpenStep) -> None:
         message = SampleMessage(
-            epoch=self.performer.epoch, step=step.step, grammar_output=step.grammar_output
+            epoch=self.performer.epoch,
+            step=step.step,
+            grammar_output=grammar_of(step.grammar_output, step.sent.num_scheduled_tokens),
         )
         self.ring.send("ghost_sample", message, reply_rank=self.output_rank, gone=self._known_dead())
 
@@ -202,115 +196,111 @@ class GhostExecutor(MultiprocExecutor):
         """Ranks that will not read what is sent now; looked up only once a death was noticed."""
         return frozenset() if self.monitor.noticed_at_s is None else self.ring.dead()
 
-    def _complete(self) -> Any:
-        """Bring the open step through its present stage, repairing as often as the performer allows."""
+    def _complete(self, step: OpenStep, *, sampled: bool) -> Any:
+        """Bring the steps in flight through, oldest first, until this one is; repaired as often as the performer allows.
+
+        Without `sampled` its first half is enough: the engine core asks for the second one once that is here.
+        """
         with self.session.lock:
-            step = self.open_step
-            assert step is not None
-            send_again = False
-            while True:
+            while not (step.done or (step.executed and not sampled)):
                 try:
-                    return self._run_stage(step, send_again=send_again)
+                    self._run_oldest()
                 except (RanksDied, RankRaised, RankSilent) as failure:
-                    outcome = self.performer.recover(failure)
-                    if outcome is Outcome.STEP_FAILED:
-                        self.session.guard.withdraw(step.pieces)
-                        # Now: a client may leave before the scheduler sees the output, and take its request along.
-                        self.session.scheduler.evict_unwritten(step.sent)
-                        self.open_step = None
-                        return FailedStep.of(step.sent)
-                    send_again = True
+                    self._recover(failure)
+            return step.output
 
-    def _run_stage(self, step: OpenStep, *, send_again: bool) -> Any:
-        if send_again:
+    def _recover(self, failure: RanksDied | RankRaised | RankSilent) -> None:
+        """Repair the group; what was in flight is sent again, all of it, in order. Raises EngineLost."""
+        if self.performer.recover(failure) is Outcome.STEP_FAILED:
+            self._fail_oldest()
+        for step in self.open_steps:
+            step.forget_replies()
             self._send_step(step)
-        output = self._wait_for_step() if send_again or not step.sampling else None
-        if output is None and step.sampling:
-            if send_again:
+            if step.sampling:
                 self._send_sample(step)
-            output = self._wait_for_step()
-        if output is not None:
-            self._accept(step, output)
-        return output
 
-    def _wait_for_step(self) -> Any:
+    def _run_oldest(self) -> None:
+        """Wait for the next answer to the oldest step; accept it when that was the last."""
+        step = self.open_steps[0]
+        if not step.executed:
+            step.output = self._next_reply(step)
+            step.executed = True
+            if step.output is None and not step.sampling:
+                return
+        if step.sampling:
+            # A step that has lost all its requests has its output already, and answers this with another empty one.
+            sampled = self._next_reply(step)
+            step.output = sampled if step.output is None else step.output
+        self._accept(step, step.output)
+
+    def _fail_oldest(self) -> None:
+        """The oldest step is given up: its requests get an error, the others in flight start over from their tokens.
+
+        Now: a client may leave before the scheduler sees the output, and take its request along.
+        """
+        failing = list(self.open_steps[0].sent.num_scheduled_tokens)
+        give_up_steps(self, failing=set(failing))
+        for index, step in enumerate(self.open_steps):
+            step.output, step.done = FailedStep.of(() if index else failing), True
+        self._step = self.open_steps[0].step - 1  # records of past steps are kept by number, for a few steps
+        self.open_steps = []
+
+    def _next_reply(self, step: OpenStep) -> Any:
+        reply = step.replies.popleft() if step.replies else self._wait_for_reply(step)
+        if isinstance(reply, RankRaised):
+            raise reply
+        return reply
+
+    def _wait_for_reply(self, step: OpenStep) -> Any:
         started_s = monotonic_s()
         try:
             return self.ring.wait_for_reply(
                 self.output_rank,
                 deadline_s=started_s + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
-                failed=self._failed_rank,
+                failed=lambda: self._failed_rank(step),
                 expect_alive=range(self.world_size),
             )
         except RankSilent as failure:
-            raise self._who_is_silent(started_s, failure) from None
+            raise who_is_silent(self, self._id(step), started_s, failure) from None
 
-    def _who_is_silent(self, started_s: float, failure: RankSilent) -> RankSilent:
-        """The ranks that hold up the step, by their stamps: not necessarily the one that was to answer."""
-        limit_s = float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
-        epoch, step = self._open_id()
-        verdicts = verdict(
-            monotonic_s(),
-            [self._view_of(rank) for rank in range(self.world_size)],
-            epoch=epoch,
-            step=step,
-            step_started_at_s=started_s,
-            deadline_s=limit_s,
-            all_stuck_s=limit_s,
-        )
-        reason = "; ".join(f"rank {found.rank}: {found.reason}" for found in verdicts)
-        return RankSilent(dead_ranks(verdicts) or failure.ranks, reason)
-
-    def _view_of(self, rank: int) -> RankView:
-        stamp, process = self.session.page.read_stamp(rank), self.workers[rank].proc
-        at_work = stamp.status in (StampStatus.BEGUN, StampStatus.STAGED)
-        return RankView(
-            rank=rank,
-            exited=not process.is_alive(),
-            exit_code=process.exitcode,
-            stamp_epoch=stamp.epoch,
-            stamp_step=stamp.step,
-            stamp_status=RUNNING if at_work else stamp.status.name.lower(),
-            stamp_at_s=stamp.at_s,
-        )
-
-    def _failed_rank(self) -> int | None:
-        """A rank whose stamp says that the open step failed there."""
-        assert self.open_step is not None
+    def _failed_rank(self, step: OpenStep) -> int | None:
+        """A rank whose stamp says that this step failed there."""
         for rank in range(self.world_size):
             stamp = self.session.page.read_stamp(rank)
             failed = stamp.status in (StampStatus.FAILED, StampStatus.PEER_LEFT)
-            if failed and (stamp.epoch, stamp.step) == self._open_id():
+            if failed and (stamp.epoch, stamp.step) == self._id(step):
                 return rank
         return None
 
-    def _open_id(self) -> tuple[int, int]:
-        assert self.open_step is not None
-        return self.performer.epoch, self.open_step.step
+    def _id(self, step: OpenStep) -> tuple[int, int]:
+        return self.performer.epoch, step.step
 
     def _accept(self, step: OpenStep, output: Any) -> None:
         """The commit rule: result in hand and every rank's stamp in the arena."""
-        self._wait_for_stamps()
+        self._wait_for_stamps(step)
         epoch = self.performer.epoch
         self.view.accept(step.sent, output)
         self.session.guard.commit(epoch=epoch, step=step.step, pieces=step.pieces)
-        self.open_step = None
+        self.open_steps.remove(step)
+        step.done = True
         self.performer.step_accepted()
 
-    def _wait_for_stamps(self) -> None:
-        page, expected = self.session.page, self._open_id()
+    def _wait_for_stamps(self, step: OpenStep) -> None:
+        page, (epoch, number) = self.session.page, self._id(step)
         deadline_s = monotonic_s() + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
         for rank in range(self.world_size):
             while True:
                 stamp = page.read_stamp(rank)
-                if (stamp.epoch, stamp.step) == expected and stamp.status is StampStatus.DONE:
+                # One that is at a later step has finished this one: it goes no further after a failure.
+                finished = stamp.step == number and stamp.status is StampStatus.DONE
+                if stamp.epoch == epoch and (finished or stamp.step > number):
                     break
-                if (failed := self._failed_rank()) is not None:
+                if (failed := self._failed_rank(step)) is not None:
                     raise RankRaised(failed, f"rank {failed} failed its step")
                 if died := self.ring.dead():
                     raise RanksDied(died, f"rank {sorted(died)} died before its stamp")
                 if monotonic_s() > deadline_s:
-                    raise RankSilent(frozenset({rank}), f"rank {rank} did not stamp step {expected[1]}")
+                    raise RankSilent(frozenset({rank}), f"rank {rank} did not stamp step {number}")
                 sleep_s(STAMP_POLL_S)
 
     # -- other calls -----------------------------------------------------------------------------------
@@ -334,7 +324,7 @@ class GhostExecutor(MultiprocExecutor):
             except (RanksDied, RankSilent) as failure:
                 if self.session.scheduler is None:
                     raise RuntimeError(f"a worker ended while the server was starting: {failure}") from None
-                self.performer.recover(failure)
+                self._recover(failure)
                 if isinstance(failure, RankSilent):
                     raise TimeoutError(f"RPC call to {method} timed out: {failure}") from None
                 results = self._call(method, timeout, args, kwargs or {}, unique_reply_rank)
@@ -353,6 +343,7 @@ class GhostExecutor(MultiprocExecutor):
         rank: int | None,
     ) -> Any:
         assert self.rpc_broadcast_mq is not None
+        self._collect_replies()
         name = method if isinstance(method, str) else cloudpickle.dumps(method)
         self.rpc_broadcast_mq.enqueue((name, args, kwargs, rank))
         ranks = range(self.world_size) if rank is None else [rank]
@@ -371,6 +362,16 @@ class GhostExecutor(MultiprocExecutor):
                 raise TimeoutError(f"RPC call to {method} timed out: {failure.reason}") from None
             raise RuntimeError(f"Worker failed with error '{failure.reason}'") from None
         return list(replies.values()) if rank is None else replies[rank]
+
+    def _collect_replies(self) -> None:
+        """Steps in flight answer before the call does. Their answers are kept; accepting them is their owner's."""
+        for step in self.open_steps:
+            while len(step.replies) < step.replies_due:
+                try:
+                    step.replies.append(self._wait_for_reply(step))
+                except RankRaised as failure:
+                    step.replies.append(failure)
+                    raise RuntimeError(f"a step in flight failed: {failure.reason}") from None
 
     def give_up(self, reason: str) -> None:
         """The group cannot be repaired: clients get an error and the process ends."""

@@ -65,6 +65,9 @@ class Guard:
     _next_wipe: int = 1
     _wipes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _held: list[Answer] | None = None
+    _leaving: set[int] = field(
+        default_factory=set
+    )  # blocks of finished requests that a step in flight still uses
 
     # -- start -----------------------------------------------------------------------------------------
 
@@ -141,6 +144,8 @@ class Guard:
 
     def _plan(self, manifest: Manifest, tables: BlockTables, scheduler_output: Any) -> tuple[Piece, ...]:
         increment = increment_of(scheduler_output)
+        leaving, self._leaving = self._leaving, set()
+        self._drop_dead(manifest, [leaving])
         for request_id in increment.finished:
             self._drop_dead(manifest, tables.tables.get(request_id, ()))
         writes = tables.apply(increment)
@@ -159,7 +164,7 @@ class Guard:
             with self.lock:
                 checksums = self._read_checksums(epoch, step, len(pieces))
                 if checksums is None:
-                    self._unprotect(self.manifest, pieces)
+                    self.manifest.miss(pieces)
                 else:
                     self.manifest.commit(pieces, checksums)
                 self._compact(self.manifest)
@@ -190,13 +195,6 @@ class Guard:
                 return None
             checksums.append(struct.unpack(f"<{pieces}I", record))
         return checksums
-
-    def _unprotect(self, manifest: Manifest, pieces: tuple[Piece, ...]) -> None:
-        """A rank could not mirror these: they have a gap now, until a catch-up of the whole block."""
-        for piece in pieces:
-            full = piece.stop == manifest.block_sizes[piece.group]
-            manifest.drop(piece.block)
-            manifest.unprotected[piece.block] = (piece.group, full)
 
     def _make_room(self, manifest: Manifest, writes: int) -> None:
         """Keep frames ahead of need: blocks that only the prefix cache still wants go first."""
@@ -315,8 +313,12 @@ class Guard:
             return
         for blocks in table:
             for block in blocks:
-                if (block in manifest.entries or block in manifest.unprotected) and not self._live(block):
+                if block not in manifest.entries and block not in manifest.unprotected:
+                    continue
+                if not self._live(block):
                     manifest.drop(block)
+                elif self.block_pool.blocks[block].block_hash is None:
+                    self._leaving.add(block)
 
     def sweep(self) -> None:
         """Give up every block that nothing may read any more; for idle time."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
 from typing import Any
 
 from ghostserve.errors import UnsupportedError
+from ghostserve.types import STEPS_IN_FLIGHT_MAX
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
@@ -30,6 +30,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
         "sleep mode (--enable-sleep-mode)": bool(model.enable_sleep_mode),
         "expert-parallel load balancing (--enable-eplb)": bool(parallel.enable_eplb),
         "dual-batch overlap (--enable-dbo)": bool(parallel.enable_dbo),
+        f"more than {STEPS_IN_FLIGHT_MAX} batches in flight": vllm_config.max_concurrent_batches
+        > STEPS_IN_FLIGHT_MAX,
     }
     for what, present in refusals.items():
         if present:
@@ -63,7 +65,7 @@ def refuse_other_servers(arguments: Namespace) -> None:
             raise UnsupportedError(f"{what}: ghostserve runs one HTTP server; leave it out")
 
 
-def refuse_arguments(arguments: Namespace, environ: Mapping[str, str]) -> None:
+def refuse_arguments(arguments: Namespace) -> None:
     """Raise UsageError for flags that ask for what we replace or do not do yet."""
     refusals = {
         "--distributed-executor-backend": arguments.distributed_executor_backend not in (None, "mp"),
@@ -77,11 +79,9 @@ def refuse_arguments(arguments: Namespace, environ: Mapping[str, str]) -> None:
                 f"recovery needs; leave the flag out, or use --protection none"
             )
     not_yet = {
-        "--async-scheduling": arguments.async_scheduling is True,
         "--pipeline-parallel-size > 1": arguments.pipeline_parallel_size > 1,
         "--data-parallel-size > 1": arguments.data_parallel_size > 1,
         "--kv-transfer-config": arguments.kv_transfer_config is not None,
-        "VLLM_USE_V2_MODEL_RUNNER=1": environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
     }
     for what, given in not_yet.items():
         if given:

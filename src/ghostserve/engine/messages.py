@@ -58,7 +58,8 @@ class RequestSnapshot:
     """One request as every worker knew it before the step that failed.
 
     `new_data` is the NewRequestData it was introduced with; `in_batch` tells whether it occupies a row. It has
-    KV of `computed_tokens` as its last step began, of `reached_tokens` now.
+    KV of `computed_tokens` as its last step began, of `reached_tokens` now. Model Runner V2 only: the
+    `prefill_tokens` it was (re)started with, and whether it was forgotten, being `preempted`.
     """
 
     new_data: Any
@@ -66,7 +67,9 @@ class RequestSnapshot:
     computed_tokens: int
     reached_tokens: int
     output_token_ids: list[int]
+    prefill_tokens: int | None
     in_batch: bool
+    preempted: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

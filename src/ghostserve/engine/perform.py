@@ -131,7 +131,7 @@ class Performer:
     # -- events ----------------------------------------------------------------------------------------
 
     def _event_of(self, failure: RanksDied | RankRaised | RankSilent) -> Event:
-        in_flight = self._executor.open_step is not None
+        in_flight = bool(self._executor.open_steps)
         if isinstance(failure, RankRaised):
             reason = failure.reason.splitlines()[0]
             return StepRaised(ranks=self._own_errors(), reason=reason, epoch=self.epoch)
@@ -140,10 +140,10 @@ class Performer:
         )
 
     def _own_errors(self) -> frozenset[int]:
-        """Ranks that raised by themselves in the open step, not because a peer had left."""
-        step = self._executor.open_step
-        if step is None:
+        """Ranks that raised by themselves in the oldest step, not because a peer had left."""
+        if not self._executor.open_steps:
             return NOBODY
+        step = self._executor.open_steps[0]
         stamps = {rank: self._page.read_stamp(rank) for rank in range(self._executor.world_size)}
         return frozenset(
             rank

@@ -1,7 +1,6 @@
 """vLLM platform plugin: the CPU platform with collectives that fail when a peer dies.
 
-vLLM's shared-memory collectives on CPU spin for ever when a peer dies; gloo's connections break within
-milliseconds. Active only in processes started by ghostserve, so plain vLLM beside us stays as it is.
+vLLM's shared-memory collectives on CPU spin for ever when a peer dies (`communicator.py`). Active only in processes started by ghostserve, so plain vLLM beside us stays as it is.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import os
 
 PLATFORM_ENV = "GHOSTSERVE_PLATFORM"
+ASYNC_ENV = "GHOSTSERVE_ASYNC_SCHEDULING"
+"""Whether the user asked for asynchronous scheduling, which vLLM's own CPU platform switches off."""
 
 
 def register() -> str | None:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 from vllm.platforms.cpu import CpuPlatform
+
+from ghostserve.engine.platform import ASYNC_ENV
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 class GhostCpuPlatform(CpuPlatform):
-    """vLLM's CPU platform; only the communicator differs."""
+    """vLLM's CPU platform with another communicator, and asynchronous scheduling where the user asks for it."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """The stock platform switches asynchronous scheduling off without a word, also when it was asked for."""
+        super().check_and_update_config(vllm_config)
+        if os.environ.get(ASYNC_ENV) == "1":
+            vllm_config.scheduler_config.async_scheduling = True
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

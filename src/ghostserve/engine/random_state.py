@@ -21,7 +21,7 @@ class RandomState:
 
     `default` is torch's default generator (and the device's, where it has one), `numpy` the key and position
     of numpy's global Mersenne Twister, `generators` one state per seeded request, `order` the request ids by
-    row of the persistent batch.
+    row of the persistent batch. Model Runner V2 samples without states: `seeds` are its requests'.
     """
 
     order: list[bytes]
@@ -31,10 +31,16 @@ class RandomState:
     numpy_position: int = 0
     numpy_gauss: tuple[int, float] = (0, 0.0)
     generators: dict[bytes, bytes] = field(default_factory=dict)
+    seeds: dict[bytes, int] = field(default_factory=dict)
 
     @classmethod
     def capture(
-        cls, *, order: list[str], generators: dict[str, torch.Generator], device: torch.device
+        cls,
+        *,
+        order: list[str],
+        device: torch.device,
+        generators: dict[str, torch.Generator] | None = None,
+        seeds: dict[str, int] | None = None,
     ) -> RandomState:
         """The states of this process, now."""
         _, key, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -45,7 +51,10 @@ class RandomState:
             numpy_key=np.asarray(key, dtype=np.uint32).tobytes(),
             numpy_position=int(position),
             numpy_gauss=(int(has_gauss), float(cached)),
-            generators={short_id(name): generator_bytes(generator) for name, generator in generators.items()},
+            generators={
+                short_id(name): generator_bytes(generator) for name, generator in (generators or {}).items()
+            },
+            seeds={short_id(name): seed for name, seed in (seeds or {}).items()},
         )
 
     def restore_globals(self, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ghostserve.arena.control import Counter, Switch
 from ghostserve.engine.budget import REBUILD_BLOCKS
+from ghostserve.engine.in_flight import Unwritten, without
 from ghostserve.engine.messages import BlockRestore, RestoreReport, StateMessage
 from ghostserve.engine.random_state import RandomState
 from ghostserve.engine.request_state import stuck_in_prompt_logprobs
@@ -87,20 +88,25 @@ class Rebuild:
 
     def restore_kv(self, *, timeout_s: float) -> RebuildResult:
         """Restore every block that is still of use; recompute the requests of those that cannot be."""
-        scheduler, step = self._session.scheduler, self._executor.open_step
+        scheduler = self._session.scheduler
         if scheduler is None or self._page.get_switch(Switch.SKIP_RESTORE):
             return RebuildResult()
-        needed, used = scheduler.needed_slots(None if step is None else step.sent)
+        needed, used = scheduler.needed_slots(self._executor.view, self._unwritten())
         with self._guard.held():
             return self._restore_needed(needed, used, timeout_s=timeout_s)
 
     def recompute_half_collected(self, *, timeout_s: float) -> RebuildResult:
         """Where no KV was lost: prompt log-probabilities collected so far went with the roll-back all the same."""
-        scheduler, step = self._session.scheduler, self._executor.open_step
+        scheduler = self._session.scheduler
         if scheduler is None:
             return RebuildResult()
-        _, used = scheduler.needed_slots(None if step is None else step.sent)
+        _, used = scheduler.needed_slots(self._executor.view, self._unwritten())
         return self._recompute(set(), used, RebuildResult(), timeout_s=timeout_s)
+
+    def _unwritten(self) -> Unwritten:
+        """What the steps in flight are to write. As they are sent now: an earlier attempt may have reduced them."""
+        sizes = self._session.scheduler.block_sizes()
+        return Unwritten.of(self._executor.view, self._executor.open_steps, sizes)
 
     def _restore_needed(
         self, needed: dict[int, tuple[int, int]], used: dict[str, set[int]], *, timeout_s: float
@@ -185,29 +191,22 @@ class Rebuild:
         self, lost_blocks: set[int], used: dict[str, set[int]], result: RebuildResult, *, timeout_s: float
     ) -> RebuildResult:
         """Rung 3 for the requests that use a block which is gone."""
-        scheduler, step = self._session.scheduler, self._executor.open_step
-        running = {request.request_id: request for request in scheduler.running}
+        scheduler, view = self._session.scheduler, self._executor.view
+        unwritten = self._unwritten()
         affected = {name for name, blocks in used.items() if blocks & lost_blocks}
-        affected |= {name for name in stuck_in_prompt_logprobs(self._executor.view) if name in running}
+        affected |= {name for name in stuck_in_prompt_logprobs(view) if name in used}
         for block in lost_blocks:
             with self._guard.lock:
                 self._guard.manifest.drop(block)
         if not affected and not lost_blocks:
             return result
-        # What is sent, not what was scheduled: an earlier attempt may have taken requests out already.
-        interrupted = None if step is None else step.sent
-        scheduled = {} if interrupted is None else interrupted.num_scheduled_tokens
-        unwritten = scheduler.unwritten_blocks(interrupted, affected)
-        while sharing := {name for name, blocks in used.items() if blocks & unwritten.keys()} - affected:
-            # They count on blocks that the step was to write for a request that leaves it.
-            affected |= sharing
-            unwritten = scheduler.unwritten_blocks(interrupted, affected)
-        tokens = sum(running[name].num_computed_tokens - scheduled.get(name, 0) for name in affected)
-        reduced = scheduler.recompute(affected, lost_blocks, interrupted)
-        if step is not None:
-            self._take_out(step, reduced, affected, unwritten)
-            step.pieces = self._guard.current(step.pieces)
-        self._executor.view.leave_batch(affected)
+        affected = unwritten.with_sharers(affected, used)
+        tokens = sum(
+            request.num_computed_tokens - unwritten.scheduled.get(request.request_id, 0)
+            for request in scheduler.running
+            if request.request_id in affected
+        )
+        leave_steps(self._executor, affected, unwritten, lost_blocks)
         self.roll_back(timeout_s=timeout_s)
         self._page.add(Counter.TOKENS_RECOMPUTED_TOTAL, tokens)
         self._page.add(Counter.REQUESTS_RECOMPUTED_TOTAL, len(affected))
@@ -215,11 +214,27 @@ class Rebuild:
             logger.warning("recomputing %d requests, %d tokens", len(affected), tokens)
         return result.plus(RebuildResult(tokens_recomputed=tokens, requests_recomputed=len(affected)))
 
-    def _take_out(self, step: Any, reduced: Any, affected: set[str], unwritten: dict[int, int]) -> None:
-        """The open step goes on without these requests; workers learn of the new ones all the same."""
-        for new in step.sent.scheduled_new_reqs:
-            if new.req_id in affected:
-                self._executor.view.introduce(new, in_batch=False)
-        self._guard.withdraw(tuple(piece for piece in step.pieces if piece.block in unwritten))
-        step.pieces = tuple(piece for piece in step.pieces if piece.block not in unwritten)
-        step.sent = reduced
+
+def leave_steps(executor: Any, requests: set[str], unwritten: Unwritten, lost_blocks: set[int]) -> None:
+    """Take requests out of every step in flight and out of the batch; those that go on start over from their tokens."""
+    gone = unwritten.blocks(requests)
+    guard, view = executor.session.guard, executor.view
+    executor.session.scheduler.recompute(requests, forget=lost_blocks | gone.keys(), known=view.requests)
+    for step in executor.open_steps:
+        guard.withdraw(tuple(piece for piece in step.pieces if piece.block in gone))
+        step.pieces = guard.current(tuple(piece for piece in step.pieces if piece.block not in gone))
+        step.sent = without(step.sent, requests)
+    view.leave_batch(requests)
+
+
+def give_up_steps(executor: Any, *, failing: set[str]) -> None:
+    """No step in flight will run. Of their requests those that are not `failing` start over from their tokens."""
+    scheduler, guard, view = executor.session.scheduler, executor.session.guard, executor.view
+    unwritten = Unwritten.of(view, executor.open_steps, scheduler.block_sizes())
+    _, used = scheduler.needed_slots(view, unwritten)
+    requests = unwritten.with_sharers(unwritten.scheduled.keys(), used) - failing
+    scheduler.recompute(requests, forget=unwritten.blocks().keys(), known=view.requests)
+    for step in executor.open_steps:
+        guard.withdraw(step.pieces)
+        scheduler.tell_again(step.scheduler_output)
+    view.leave_batch(requests)

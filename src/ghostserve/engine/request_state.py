@@ -1,8 +1,7 @@
-"""What the workers know of each request, kept where it survives them, and put back after a loss.
+"""What the workers know of each request, kept where it survives them: in the engine core.
 
-`WorkersView` runs in the engine core: it follows the same increments the workers follow, so that at a loss it
-can say exactly what every rank knew before the failed step. `restore_requests` runs in each rank (Model Runner
-V1) and rolls survivors back and brings newcomers up alike.
+`WorkersView` follows the same increments the workers follow, so that at a loss it can say exactly what every rank knew
+before the failed step. `runner_v1.py` and `runner_v2.py` put that back in each rank.
 """
 
 from __future__ import annotations
@@ -11,12 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from vllm.sampling_params import SamplingType
-from vllm.v1.worker.gpu_input_batch import CachedRequestState
-
-from ghostserve.engine.messages import RequestSnapshot, StateMessage
-from ghostserve.engine.random_state import RandomState, short_id
+from ghostserve.engine.messages import RequestSnapshot
+from ghostserve.engine.random_state import short_id
 from ghostserve.shadow.step_plan import RequestStep, StepIncrement
 
 
@@ -64,7 +59,9 @@ class KnownRequest:
     computed_tokens: int  # as the last step that named it began
     scheduled_tokens: int = 0  # of that step
     output_token_ids: list[int] = field(default_factory=list)
+    prefill_tokens: int | None = None  # Model Runner V2: tokens it was (re)started with
     in_batch: bool = True
+    preempted: bool = False  # Model Runner V2 has forgotten it, and is told of it anew
 
     @property
     def reached_tokens(self) -> int:
@@ -85,6 +82,10 @@ class WorkersView:
         scheduled = scheduler_output.num_scheduled_tokens
         for request_id, request in self.requests.items():
             request.in_batch = request_id in scheduled
+            request.preempted &= not request.in_batch
+        for request_id in scheduler_output.preempted_req_ids or ():
+            if request_id in self.requests:
+                self.requests[request_id].preempted = request_id not in scheduled
         for new in scheduler_output.scheduled_new_reqs:
             self.introduce(new)
         cached = scheduler_output.scheduled_cached_reqs
@@ -97,19 +98,22 @@ class WorkersView:
         ):
             self.requests[request_id].output_token_ids.extend(tokens)
 
-    def introduce(self, new: Any, *, in_batch: bool = True) -> None:
-        """A request the workers are told of for the first time (or, unbatched, were about to be)."""
+    def introduce(self, new: Any) -> None:
+        """A request the workers are told of for the first time, or (Model Runner V2) anew after a preemption."""
+        prefill = new.prefill_token_ids
         self.requests[new.req_id] = KnownRequest(
             new_data=new,
             block_ids=tuple(list(ids) for ids in new.block_ids),
             computed_tokens=new.num_computed_tokens,
-            in_batch=in_batch,
+            output_token_ids=[] if prefill is None else list(prefill[new.prompt_len :]),
+            prefill_tokens=None if prefill is None else len(prefill),
         )
 
     def leave_batch(self, request_ids: Iterable[str]) -> None:
         """These are known but hold no row until they are scheduled again."""
         for request_id in request_ids:
-            self.requests[request_id].in_batch = False
+            if request_id in self.requests:
+                self.requests[request_id].in_batch = False
 
     @staticmethod
     def _advance(cached: Any, index: int, request: KnownRequest, resumed: bool) -> None:
@@ -138,107 +142,9 @@ class WorkersView:
             computed_tokens=known.computed_tokens,
             reached_tokens=known.reached_tokens,
             output_token_ids=list(known.output_token_ids),
+            prefill_tokens=known.prefill_tokens,
             in_batch=known.in_batch,
-        )
-
-
-def capture_random_state(runner: Any) -> RandomState:
-    """The states of this rank after a step (Model Runner V1)."""
-    generators = {
-        name: state.generator for name, state in runner.requests.items() if state.generator is not None
-    }
-    return RandomState.capture(
-        order=list(runner.input_batch.req_ids), generators=generators, device=runner.device
-    )
-
-
-def restore_requests(runner: Any, message: StateMessage) -> None:
-    """Make this rank's requests exactly those of the message (Model Runner V1)."""
-    random = None if message.random_state is None else RandomState.decode(message.random_state)
-    own_generators = {name: state.generator for name, state in runner.requests.items()}
-    _clear(runner)
-    for snapshot in message.requests:
-        new = snapshot.new_data
-        generator = (
-            own_generators.get(new.req_id) or _first_generator(new, runner.device)
-            if random is None
-            else random.generator(new.req_id, runner.device) or _first_generator(new, runner.device)
-        )
-        state = _request_state(snapshot, generator)
-        runner.requests[new.req_id] = state
-        _track_prompt_logprobs(runner, snapshot)
-        if snapshot.in_batch:
-            runner.input_batch.add_request(state)
-    runner.input_batch.condense()
-    runner.input_batch.refresh_metadata()
-    _replay_thinking_budgets(runner)
-    if random is not None:
-        random.restore_globals(runner.device)
-
-
-def _clear(runner: Any) -> None:
-    """As if no request had ever been seen; whatever a failed step left half done goes too."""
-    runner.execute_model_state = None
-    runner.kv_connector_output = None
-    batch = runner.input_batch
-    for request_id in list(batch.req_id_to_index):
-        batch.remove_request(request_id)
-    batch.condense()
-    batch.refresh_metadata()
-    batch.prev_sampled_token_ids = None
-    runner.requests.clear()
-    runner.num_prompt_logprobs.clear()
-
-
-def _replay_thinking_budgets(runner: Any) -> None:
-    """Where a request stands in its thinking budget follows from its tokens, but only one after the other."""
-    holder = runner.input_batch.thinking_budget_state_holder
-    if holder is None:
-        return
-    for row, state in holder._state.items():
-        output = runner.requests[runner.input_batch.req_ids[row]].output_token_ids
-        for count in range(len(output)):  # with all of them it is the retried step that updates the state
-            state["output_tok_ids"], state["force_index"] = output[:count], []
-            holder._update_think_state(state)
-        state["output_tok_ids"] = output
-
-
-def _request_state(snapshot: RequestSnapshot, generator: torch.Generator | None) -> CachedRequestState:
-    new = snapshot.new_data
-    return CachedRequestState(
-        req_id=new.req_id,
-        prompt_token_ids=new.prompt_token_ids,
-        prompt_embeds=new.prompt_embeds,
-        prompt_is_token_ids=new.prompt_is_token_ids,
-        mm_features=new.mm_features,
-        sampling_params=new.sampling_params,
-        pooling_params=new.pooling_params,
-        generator=generator,
-        block_ids=tuple(list(ids) for ids in snapshot.block_ids),
-        num_computed_tokens=snapshot.computed_tokens,
-        output_token_ids=list(snapshot.output_token_ids),
-        lora_request=new.lora_request,
-    )
-
-
-def _first_generator(new: Any, device: torch.device) -> torch.Generator | None:
-    """The generator a seeded request starts with, for one that has not sampled yet."""
-    params = new.sampling_params
-    if params is None or params.sampling_type is not SamplingType.RANDOM_SEED:
-        return None
-    generator = torch.Generator(device=device)
-    generator.manual_seed(params.seed)
-    return generator
-
-
-def _track_prompt_logprobs(runner: Any, snapshot: RequestSnapshot) -> None:
-    params = snapshot.new_data.sampling_params
-    if params is None or params.prompt_logprobs is None:
-        return
-    if snapshot.reached_tokens < len(snapshot.new_data.prompt_token_ids or ()):
-        everything = params.prompt_logprobs == -1
-        runner.num_prompt_logprobs[snapshot.new_data.req_id] = (
-            runner.input_batch.vocab_size if everything else params.prompt_logprobs
+            preempted=known.preempted,
         )
 
 
@@ -246,7 +152,7 @@ def stuck_in_prompt_logprobs(view: WorkersView) -> Iterable[str]:
     """Requests whose prompt log-probabilities are half collected: only a recompute can collect them again."""
     for name, known in view.requests.items():
         params, prompt = known.new_data.sampling_params, known.new_data.prompt_token_ids or ()
-        if params is None or params.prompt_logprobs is None:
+        if params is None or (params.prompt_logprobs is None and params.prompt_logprob_token_ids is None):
             continue
         if 0 < known.reached_tokens < len(prompt):
             yield name

@@ -1,23 +1,27 @@
 """vLLM's scheduler, plus the shadow's plan on each step and the recipe for recomputing selected requests.
 
-Mutating the scheduler is the main thread's alone while a step is open, that is from `schedule()` to the end of
+Mutating the scheduler is the main thread's alone while a step is open, that is from `schedule()` to the end of its
 `update_from_output()`; a recovery in idle time holds the same lock.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 from ghostserve.arena.control import Counter
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import session
+from ghostserve.engine.in_flight import Unwritten, written_slots
+from ghostserve.engine.request_state import WorkersView
+from ghostserve.shadow.step_plan import NULL_BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -26,30 +30,31 @@ class FailedStep(ModelRunnerOutput):
     """Stands for the output of a step that was given up: its requests end with an error."""
 
     @classmethod
-    def of(cls, scheduler_output: Any) -> FailedStep:
-        """For all requests of this step."""
-        names = list(scheduler_output.num_scheduled_tokens)
+    def of(cls, names: Sequence[str]) -> FailedStep:
+        """For these requests; others of the step are answered elsewhere."""
         return cls(
-            req_ids=names,
+            req_ids=list(names),
             req_id_to_index={name: index for index, name in enumerate(names)},
             sampled_token_ids=[[] for _ in names],
         )
 
 
-class GhostScheduler(Scheduler):
-    """The stock synchronous scheduler with our plan attached to what it hands out."""
+class GhostSchedulerMixin(Scheduler):
+    """What we add to a stock scheduler."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # A step that runs again must find what it read the first time: what a step in flight uses is not freed.
+        self.defer_block_free = self.vllm_config.max_concurrent_batches > 1
         self._session = session.current()
         self._session.attach_scheduler(self)
-        self.open = False
+        self._open_steps = 0
 
     # -- the step --------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         with self._session.lock:
-            self.open = True
+            self._open_steps += 1
             output = super().schedule(throttle_prefills)
             output.ghost_pieces = self._session.guard.plan(output)
             return output
@@ -57,19 +62,22 @@ class GhostScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         with self._session.lock:
             if isinstance(model_runner_output, FailedStep):
-                self._fail_requests(scheduler_output, model_runner_output)
+                self._fail_requests(model_runner_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
-            self.open = False
+            self._open_steps -= 1
             self._count_open()
             return outputs
 
-    def _fail_requests(self, scheduler_output: Any, failed_step: FailedStep) -> None:
+    @property
+    def open(self) -> bool:
+        """Whether a step was scheduled whose output is not processed yet: then the main thread is the owner."""
+        return self._open_steps > 0
+
+    def _fail_requests(self, failed_step: FailedStep) -> None:
         """End the requests of a step that was given up with an error."""
         failed = set(failed_step.req_ids)
         self._session.count_failed_requests(len(failed))
         self.grammar_compile_error_reqs.update(failed)
-        # The workers were never told, or were rolled back to before they were.
-        self.finished_req_ids |= scheduler_output.finished_req_ids
 
     # -- other ways in ---------------------------------------------------------------------------------
 
@@ -95,38 +103,62 @@ class GhostScheduler(Scheduler):
 
     # -- after a loss ----------------------------------------------------------------------------------
 
-    def needed_slots(self, open_step: Any | None) -> tuple[dict[int, tuple[int, int]], dict[str, set[int]]]:
-        """What must be restored: (block -> (group, written slots)), and the blocks each running request uses.
+    def needed_slots(
+        self, view: WorkersView, unwritten: Unwritten
+    ) -> tuple[dict[int, tuple[int, int]], dict[str, set[int]]]:
+        """What must be restored: (block -> (group, written slots)), and the blocks each request uses.
 
-        `open_step`: the step that was interrupted; what it was to write was not written, also not for those
-        that found it in the prefix cache, which knows a block as soon as it is scheduled.
+        Of use are running requests, those that a step in flight still names (preempted, finished or aborted since:
+        it runs again with them), and what only the prefix cache holds. What the steps in flight are to write was not
+        written, also not for those that found it in the prefix cache, which knows a block as soon as it is scheduled.
         """
         needed: dict[int, tuple[int, int]] = {}
         used: dict[str, set[int]] = {}
-        scheduled = {} if open_step is None else open_step.num_scheduled_tokens
-        unwritten = self.unwritten_blocks(open_step, set(scheduled))
-        sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
-        for request in self.running:
-            computed = request.num_computed_tokens - scheduled.get(request.request_id, 0)
-            mine = used.setdefault(request.request_id, set())
-            tables = self.kv_cache_manager.get_block_ids(request.request_id)
-            for group, (size, blocks) in enumerate(zip(sizes, tables, strict=True)):
-                for index, block in enumerate(blocks):
-                    slots = min(max(computed - index * size, 0), size)
-                    if block == self.kv_cache_manager.block_pool.null_block.block_id or slots == 0:
-                        continue
+        coming = unwritten.blocks()
+        for name, computed, tables in self._users(view, unwritten):
+            mine = used.setdefault(name, set())
+            for group, (size, table) in enumerate(zip(self.block_sizes(), tables, strict=True)):
+                for block, written in written_slots(computed, table, size).items():
                     mine.add(block)
-                    slots = min(slots, unwritten.get(block, slots))
+                    slots = min(written, coming.get(block, written))
                     if slots:
                         needed[block] = (group, max(slots, needed.get(block, (group, 0))[1]))
-        self._add_cached(needed, sizes, unwritten.keys())
+        self._add_cached(needed, coming.keys())
         return needed, used
 
-    def _add_cached(
-        self, needed: dict[int, tuple[int, int]], sizes: list[int], unwritten: Collection[int]
-    ) -> None:
+    def _users(
+        self, view: WorkersView, unwritten: Unwritten
+    ) -> Iterator[tuple[str, int, Sequence[Sequence[int]]]]:
+        """(request, tokens with KV before the steps in flight, its block tables)."""
+        running = {request.request_id for request in self.running}
+        for request in self.running:
+            name = request.request_id
+            computed = request.num_computed_tokens - unwritten.scheduled.get(name, 0)
+            yield name, computed, self.kv_cache_manager.get_block_ids(name)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        for name in unwritten.scheduled.keys() - running:
+            if name in unwritten.started:
+                yield (name, *unwritten.started[name])
+                continue
+            known = view.requests[name]
+            # Blocks that left a sliding window are others' by now; the scheduler does not tell workers.
+            skipped = [manager.get_num_skipped_tokens(known.reached_tokens) for manager in managers]
+            yield (
+                name,
+                known.reached_tokens,
+                [
+                    [NULL_BLOCK] * (first // size) + ids[first // size :]
+                    for ids, first, size in zip(known.block_ids, skipped, self.block_sizes(), strict=True)
+                ],
+            )
+
+    def block_sizes(self) -> tuple[int, ...]:
+        """Tokens per block, by KV group."""
+        return tuple(group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups)
+
+    def _add_cached(self, needed: dict[int, tuple[int, int]], unwritten: Collection[int]) -> None:
         """Blocks that only the prefix cache holds are data too: as far as their hash covers them."""
-        groups = self._session.groups_of_blocks()
+        groups, sizes = self._session.groups_of_blocks(), self.block_sizes()
         for block in self.kv_cache_manager.block_pool.blocks:
             if block.block_hash is None or block.block_id in needed or block.block_id in unwritten:
                 continue
@@ -134,69 +166,42 @@ class GhostScheduler(Scheduler):
             needed[block.block_id] = (group, min(block.block_hash_num_tokens or sizes[group], sizes[group]))
 
     def recompute(
-        self, request_ids: Collection[str], lost_blocks: Iterable[int], open_step: Any | None
-    ) -> SchedulerOutput | None:
-        """Rung 3: these running requests start over from their tokens; nothing they showed is taken back.
+        self, request_ids: Collection[str], *, forget: Collection[int], known: Collection[str]
+    ) -> None:
+        """Rung 3: these requests start over from their tokens; nothing they showed is taken back.
 
-        Returns the interrupted step without them, to be sent to the workers; the engine core keeps the
-        original, whose output for them is dropped. (Steps as in the stock forced preemption.)
+        What steps in flight answer for them is dropped. The prefix cache forgets the blocks `forget`. Requests that are
+        not `known` to the workers start as new ones. (Otherwise as in the stock forced preemption.)
         """
         removed = set(request_ids)
-        self.evict_unwritten(open_step, removed)
-        self.kv_cache_manager.evict_blocks(set(lost_blocks))
+        self.kv_cache_manager.evict_blocks(set(forget))
         now_s = monotonic_s()
         for request in reversed([request for request in self.running if request.request_id in removed]):
             self.running.remove(request)
             self._preempt_request(request, now_s, drop_stale_output=True)
             self.prev_step_scheduled_req_ids.discard(request.request_id)
-        return None if open_step is None else _without(open_step, removed)
+        for name in removed & self.requests.keys():
+            request = self.requests[name]
+            if request.num_stale_output_tokens:  # an answer is on its way
+                request.drop_stale_output = True
+            if request.status is RequestStatus.PREEMPTED and name not in known:
+                request.status = RequestStatus.WAITING
 
-    def evict_unwritten(self, open_step: Any | None, request_ids: set[str] | None = None) -> None:
-        """The prefix cache forgets what the step was to write, for these requests or for all."""
-        if open_step is not None:
-            wanted = set(open_step.num_scheduled_tokens) if request_ids is None else request_ids
-            self.kv_cache_manager.evict_blocks(set(self.unwritten_blocks(open_step, wanted)))
-
-    def unwritten_blocks(self, open_step: Any | None, request_ids: set[str]) -> dict[int, int]:
-        """Blocks that the step was to write for these requests -> slots written before it.
-
-        The prefix cache knows them already by hash.
-        """
-        if open_step is None:
-            return {}
-        unwritten: dict[int, int] = {}
-        sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
-        for request_id, scheduled in open_step.num_scheduled_tokens.items():
-            request = self.requests.get(request_id)
-            if request is None or request_id not in request_ids:
-                continue
-            first = request.num_computed_tokens - scheduled
-            tables = self.kv_cache_manager.get_block_ids(request_id)
-            for size, blocks in zip(sizes, tables, strict=True):
-                for index in range(max(first, 0) // size, len(blocks)):
-                    unwritten[blocks[index]] = max(first - index * size, 0)
-        unwritten.pop(self.kv_cache_manager.block_pool.null_block.block_id, None)
-        return unwritten
+    def tell_again(self, scheduler_output: Any) -> None:
+        """A step that will not run was to tell the workers who has left: the next one does."""
+        self.finished_req_ids |= scheduler_output.finished_req_ids
+        self.reset_preempted_req_ids |= scheduler_output.preempted_req_ids or set()
 
 
-def _without(output: SchedulerOutput, removed: set[str]) -> SchedulerOutput:
-    """A copy of a step without some of its requests."""
-    cached = output.scheduled_cached_reqs
-    keep = [index for index, name in enumerate(cached.req_ids) if name not in removed]
-    scheduled = {name: count for name, count in output.num_scheduled_tokens.items() if name not in removed}
-    return dataclasses.replace(
-        output,
-        scheduled_new_reqs=[new for new in output.scheduled_new_reqs if new.req_id not in removed],
-        scheduled_cached_reqs=dataclasses.replace(
-            cached,
-            req_ids=[cached.req_ids[index] for index in keep],
-            resumed_req_ids=cached.resumed_req_ids - removed,
-            new_token_ids=[cached.new_token_ids[index] for index in keep] if cached.new_token_ids else [],
-            all_token_ids={name: ids for name, ids in cached.all_token_ids.items() if name not in removed},
-            new_block_ids=[cached.new_block_ids[index] for index in keep],
-            num_computed_tokens=[cached.num_computed_tokens[index] for index in keep],
-            num_output_tokens=[cached.num_output_tokens[index] for index in keep],
-        ),
-        num_scheduled_tokens=scheduled,
-        total_num_scheduled_tokens=sum(scheduled.values()),
-    )
+class GhostScheduler(GhostSchedulerMixin, Scheduler):
+    """The stock synchronous scheduler with our plan attached to what it hands out."""
+
+
+class GhostAsyncScheduler(GhostSchedulerMixin, AsyncScheduler):
+    """The stock asynchronous scheduler with our plan attached to what it hands out."""
+
+
+def make_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Scheduler:
+    """Ours for this configuration; vLLM calls what `--scheduler-cls` names as if it were a class."""
+    kind = GhostAsyncScheduler if vllm_config.scheduler_config.async_scheduling else GhostScheduler
+    return kind(*args, vllm_config=vllm_config, **kwargs)

@@ -37,7 +37,7 @@ from ghostserve.config import CONFIG_ENV, GhostConfig
 from ghostserve.engine import leftovers, logs
 from ghostserve.engine.interrupts import felt_at_once
 from ghostserve.engine.limits import refuse_arguments, refuse_other_servers, refuse_unsupported
-from ghostserve.engine.platform import PLATFORM_ENV
+from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
 from ghostserve.engine.settings import Settings
 from ghostserve.errors import EngineLost, GhostserveError, StartError, UnsupportedError, UsageError
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
@@ -95,7 +95,7 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
         return _run(arguments, config, mount, page=None)
-    refuse_arguments(arguments, os.environ)
+    refuse_arguments(arguments)
     _refuse_parity(arguments, config)
     _demand_our_platform()
     Settings(config=config).memory_budget_bytes()
@@ -126,16 +126,14 @@ def _use_our_parts(arguments: Namespace, config: GhostConfig) -> None:
     worker = "GhostCpuWorker" if current_platform.is_cpu() else "GhostGpuWorker"
     arguments.distributed_executor_backend = "ghostserve.engine.executor.GhostExecutor"
     arguments.worker_cls = f"ghostserve.engine.worker.{worker}"
-    arguments.scheduler_cls = "ghostserve.engine.scheduler.GhostScheduler"
-    arguments.async_scheduling = False
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    arguments.scheduler_cls = "ghostserve.engine.scheduler.make_scheduler"
+    os.environ[ASYNC_ENV] = "1" if arguments.async_scheduling else "0"
     os.environ[CONFIG_ENV] = config.to_json()
     if arguments.enforce_eager:
         # One helper is compiled even in eager mode: 1.5 s in every replacement, and a compiler needed.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if current_platform.is_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _share_cpus(arguments.tensor_parallel_size)
-    logger.info("Model Runner V1 and synchronous scheduling are set: others cannot be recovered yet")
 
 
 def _demand_our_platform() -> None:

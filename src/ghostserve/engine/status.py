@@ -45,7 +45,7 @@ class StatusWriter:
     def _run(self) -> None:
         while not self._stopping.wait(PERIOD_S):
             try:
-                if self._executor.open_step is None:
+                if not self._executor.open_steps:
                     self._executor.session.guard.sweep()
                 self.write()
             except Exception:
@@ -140,6 +140,9 @@ class StatusWriter:
             "tensor_parallel_size": parallel.tensor_parallel_size,
             "block_size": vllm_config.cache_config.block_size,
             "max_model_len": model.max_model_len,
+            "model_runner": "V2" if vllm_config.use_v2_model_runner else "V1",
+            "async_scheduling": bool(vllm_config.scheduler_config.async_scheduling),
+            "max_concurrent_batches": vllm_config.max_concurrent_batches,
         }
 
 

@@ -13,11 +13,13 @@ Every method named `ghost_*` is called over vLLM's message ring.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.compilation.counter import compilation_counter
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
@@ -25,7 +27,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from ghostserve.arena.control import ControlPage, FaultAction, FaultPoint, Mark, StampStatus, Switch
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.engine import compat, faults
+from ghostserve.engine import compat, faults, runner_v1, runner_v2
 from ghostserve.engine.groups import form_groups, leave_groups, peer_left
 from ghostserve.engine.messages import (
     ArenaGeometry,
@@ -39,7 +41,6 @@ from ghostserve.engine.messages import (
     StepMessage,
 )
 from ghostserve.engine.rank_shadow import RankShadow
-from ghostserve.engine.request_state import capture_random_state, restore_requests
 from ghostserve.errors import StaleEpoch
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class GhostWorkerMixin:
     local_rank: int
     vllm_config: Any
     model_runner: Any
+    use_v2_model_runner: bool
 
     _page: ControlPage
     _shadow: RankShadow | None = None
@@ -72,6 +74,8 @@ class GhostWorkerMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            compat.load_compiled_graphs(self.model_runner)
         self._page.mark(self.rank, Mark.WEIGHTS_LOADED, monotonic_s())
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -102,7 +106,7 @@ class GhostWorkerMixin:
         self._refuse_if_stale(message.epoch, message.step)
         with self._failing(message.epoch, message.step):
             self._fault(FaultPoint.BEFORE_SAMPLE)
-            stock = self._page.get_switch(Switch.STOCK_GENERATORS)
+            stock = self.use_v2_model_runner or self._page.get_switch(Switch.STOCK_GENERATORS)
             aside = compat.chunked_generators_set_aside(self.model_runner)
             with contextlib.nullcontext() if stock else aside:
                 output = self.sample_tokens(message.grammar_output)  # type: ignore[attr-defined]
@@ -112,7 +116,7 @@ class GhostWorkerMixin:
 
     def _finish(self, message: StepMessage | SampleMessage) -> None:
         if self._shadow is not None:
-            record = capture_random_state(self.model_runner).encode()
+            record = self._requests.capture(self.model_runner).encode()
             self._shadow.record_random_state(epoch=message.epoch, step=message.step, record=record)
         self._stamp(message, StampStatus.DONE)
         self._fault(FaultPoint.BEFORE_REPLY)
@@ -134,6 +138,11 @@ class GhostWorkerMixin:
             self._page.stamp(self.rank, epoch=epoch, step=step, status=status, now_s=monotonic_s())
             leave_groups()
             raise
+
+    @property
+    def _requests(self) -> Any:
+        """How this rank's runner keeps requests: `capture`, `restore` and `output_ids`."""
+        return runner_v2 if self.use_v2_model_runner else runner_v1
 
     def _stamp(self, message: StepMessage | SampleMessage, status: StampStatus) -> None:
         self._page.stamp(
@@ -163,7 +172,7 @@ class GhostWorkerMixin:
         assert self._shadow is not None
         self._shadow.map_arena(geometry)
         self._shadow.record_random_state(
-            epoch=self._epoch, step=0, record=capture_random_state(self.model_runner).encode()
+            epoch=self._epoch, step=0, record=self._requests.capture(self.model_runner).encode()
         )
 
     # -- recovery --------------------------------------------------------------------------------------
@@ -218,11 +227,11 @@ class GhostWorkerMixin:
 
     def ghost_random_state(self) -> bytes:
         """This rank's random states now; needed only where those after the last step were not recorded."""
-        return capture_random_state(self.model_runner).encode()
+        return self._requests.capture(self.model_runner).encode()
 
     def ghost_state(self, message: StateMessage) -> None:
         """Take on the request state before the failed step; steps of the new epoch are accepted again."""
-        restore_requests(self.model_runner, message)
+        self._requests.restore(self.model_runner, message)
         self._epoch = message.epoch
         self._failed_at = None
 
@@ -238,9 +247,15 @@ class GhostWorkerMixin:
         assert self._shadow is not None
         return self._shadow.adopt(items)
 
-    def ghost_output_ids(self) -> dict[str, list[int]]:
-        """Debugging: the output token ids this rank believes each request has."""
-        return {name: list(state.output_token_ids) for name, state in self.model_runner.requests.items()}
+    def ghost_compiled(self) -> int:
+        """Debugging: how many graphs this process has compiled itself."""
+        return int(compilation_counter.num_aot_compiles)
+
+    def ghost_digest(self) -> str:
+        """Debugging: stands for what this rank believes of its requests; equal on all ranks between two steps."""
+        requests = self._requests.output_ids(self.model_runner)
+        states = self._requests.capture(self.model_runner).encode()
+        return hashlib.blake2b(states + repr(sorted(requests.items())).encode()).hexdigest()
 
 
 class GhostCpuWorker(GhostWorkerMixin, CPUWorker):
