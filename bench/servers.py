@@ -29,6 +29,7 @@ TENSOR_PARALLEL = 2
 BLOCK_TOKENS = 32
 FLOAT32_BYTES = 4
 READY_TIMEOUT_S = 300.0
+OUR_SEGMENT = "memfd:ghostserve-collectives"
 _SHM = "/dev/shm/"
 
 COMMON_FLAGS = (
@@ -46,7 +47,8 @@ class Collectives(Enum):
     """How the ranks of a server add up their partial results."""
 
     GLOO = "gloo"
-    SHARED_MEMORY = "shared memory"  # vLLM's own; it spins, and never notices that a peer died
+    SHARED_MEMORY = "vLLM's shared memory"  # it spins, and never notices that a peer died
+    OURS = "our shared memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,29 +60,26 @@ class Variant:
     ours: bool
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
-    collectives: Collectives
 
     def command(self, flags: Sequence[str]) -> list[str]:
         start = ghostserve_command if self.ours else stock_command
         return start(MODEL_DIR, *COMMON_FLAGS, *self.flags, *flags)
 
 
-OURS_ON = Variant(letter="a", title="ghostserve serve", ours=True, collectives=Collectives.GLOO)
+OURS_ON = Variant(letter="a", title="ghostserve serve", ours=True)
 OURS_OFF = Variant(
-    letter="b",
-    title="ghostserve serve --protection none",
-    ours=True,
-    flags=("--protection", "none"),
-    collectives=Collectives.SHARED_MEMORY,
+    letter="b", title="ghostserve serve --protection none", ours=True, flags=("--protection", "none")
 )
-STOCK_GLOO = Variant(
+STOCK_OURS = Variant(
     letter="c",
-    title="stock vLLM, gloo",
+    title="stock vLLM with our collectives",
     ours=False,
     env={"GHOSTSERVE_PLATFORM": "1"},  # our platform plugin alone: it changes the communicator, nothing else
-    collectives=Collectives.GLOO,
 )
-STOCK = Variant(letter="d", title="stock vLLM", ours=False, collectives=Collectives.SHARED_MEMORY)
+STOCK = Variant(letter="d", title="stock vLLM", ours=False)
+OURS_ASYNC = Variant(
+    letter="e", title="ghostserve serve --async-scheduling", ours=True, flags=("--async-scheduling",)
+)
 
 
 def kv_bytes_per_token() -> int:
@@ -111,12 +110,19 @@ def _mapped_segments(server: ServerProcess) -> set[Path]:
     """The named shared-memory segments that the server's processes have mapped now."""
     found: set[Path] = set()
     for mark in server.processes:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{mark.pid}/maps").read_text().splitlines():
-                name = line.partition(_SHM)[2]
-                if name and not name.endswith(" (deleted)"):
-                    found.add(Path(_SHM + name))
+        for line in _maps(mark.pid).splitlines():
+            name = line.partition(_SHM)[2]
+            if name and not name.endswith(" (deleted)"):
+                found.add(Path(_SHM + name))
     return found
+
+
+def _maps(pid: int) -> str:
+    """What a process has mapped; nothing if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
 
 
 class Servers:
@@ -176,6 +182,8 @@ class Servers:
 
     def collectives(self, server: ServerProcess) -> Collectives:
         """What the ranks use, told by what they have mapped."""
+        if any(OUR_SEGMENT in _maps(mark.pid) for mark in server.processes):
+            return Collectives.OURS
         shared = any("cpushm" in segment.name for segment in self._segments[server.port])
         return Collectives.SHARED_MEMORY if shared else Collectives.GLOO
 

@@ -12,6 +12,7 @@ streams wait for together:
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ class Rate:
 
     tokens_per_s: float
     step_us: float
+    gap_p50_us: float
+    gap_p99_us: float
 
 
 def read_events(chunks: Sequence[Chunk]) -> Iterator[tuple[float, Mapping[str, Any]]]:
@@ -82,12 +85,20 @@ def rate_of(streams: Sequence[TimedStream]) -> Rate:
     begin_s = max((stream.arrivals_s[0] for stream in streams if stream.arrivals_s), default=0.0)
     end_s = min((stream.arrivals_s[-1] for stream in streams if stream.arrivals_s), default=0.0)
     tokens_per_s = 0.0
+    gaps_s: list[float] = []
     for stream in streams:
         inside = [at_s for at_s in stream.arrivals_s if begin_s <= at_s <= end_s]
         if len(inside) < 2 or inside[-1] <= inside[0]:
             raise GhostserveError("the streams did not run at the same time; ask for more tokens")
         tokens_per_s += (len(inside) - 1) / (inside[-1] - inside[0])
-    return Rate(tokens_per_s=tokens_per_s, step_us=len(streams) * 1e6 / tokens_per_s)
+        gaps_s += [after_s - before_s for before_s, after_s in itertools.pairwise(inside)]
+    gaps_s.sort()
+    return Rate(
+        tokens_per_s=tokens_per_s,
+        step_us=len(streams) * 1e6 / tokens_per_s,
+        gap_p50_us=1e6 * gaps_s[len(gaps_s) // 2],
+        gap_p99_us=1e6 * gaps_s[len(gaps_s) * 99 // 100],
+    )
 
 
 class _Reader(threading.Thread):

@@ -61,6 +61,7 @@ def test_a_step_gives_every_stream_a_token() -> None:
     rate = streams.rate_of(begun)
     assert rate.tokens_per_s == pytest.approx(20.0)
     assert rate.step_us == pytest.approx(100_000)
+    assert (rate.gap_p50_us, rate.gap_p99_us) == pytest.approx((100_000, 100_000))
 
 
 def test_streams_that_never_ran_together_have_no_rate() -> None:
@@ -80,6 +81,8 @@ def test_overhead_compares_within_a_round() -> None:
             streams=1,
             tokens_per_s=speed / (number + 1),
             step_us=1.0,
+            gap_p50_us=0.0,
+            gap_p99_us=0.0,
             others_cpu_percent=0.0,
         )
         for number in range(6)
