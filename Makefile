@@ -27,7 +27,7 @@ test-fast: lint
 
 test-slow: install
 	@scripts/test -m slow
-	@for serving in v1-async v2-sync v2-async; do \
+	@for serving in v1-sync v2-sync v2-async; do \
 		scripts/test --serving $$serving tests/real/test_losses.py tests/real/test_ladder.py || exit 1; \
 	done
 

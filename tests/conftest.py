@@ -20,7 +20,9 @@ TERMINAL = pytest.StashKey[int]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--serving", default="v1-sync", help="model runner and scheduling of the servers under test"
+        "--serving",
+        default="v1-async",
+        help="model runner and scheduling of the server that has the whole matrix",
     )
 
 

@@ -12,19 +12,16 @@ SERVERS_MAX = 10
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _serving_as_asked(pytestconfig: pytest.Config) -> None:
-    kit.DEFAULT_SERVING[0] = pytestconfig.getoption("--serving")
-
-
-@pytest.fixture(scope="session", autouse=True)
 def _few_servers() -> Iterator[None]:
     """`make test` must stay cheap: a start takes 15-60 s."""
     yield
     assert len(kit.STARTED) <= SERVERS_MAX, kit.STARTED
 
 
-def _serving(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -> Iterator[kit.Served]:
-    served = kit.serve(tmp_path_factory.mktemp(name), name, *flags)
+def _serving(
+    tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str, serving: str
+) -> Iterator[kit.Served]:
+    served = kit.serve(tmp_path_factory.mktemp(name), name, *flags, serving=serving)
     try:
         yield served
     finally:
@@ -34,5 +31,7 @@ def _serving(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -
 
 
 @pytest.fixture(scope="session")
-def float32(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Served]:
-    yield from _serving(tmp_path_factory, "float32", "--dtype", "float32", "--enforce-eager")
+def float32(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[kit.Served]:
+    """Two batches in flight unless asked for something else: with one there is less to go wrong."""
+    serving = pytestconfig.getoption("--serving")
+    yield from _serving(tmp_path_factory, "float32", "--dtype", "float32", "--enforce-eager", serving=serving)

@@ -35,7 +35,6 @@ SERVING = {  # flags and environment: model runner and scheduling
     "v2-sync": ((), v2_environment),
     "v2-async": (("--async-scheduling",), v2_environment),
 }
-DEFAULT_SERVING = ["v1-sync"]  # `pytest --serving` puts another here
 _salts = itertools.count()
 
 
@@ -197,10 +196,10 @@ def serve(
     *flags: str,
     model: Path = TINY,
     env: dict[str, str] | None = None,
-    serving: str | None = None,
+    serving: str = "v1-sync",
 ) -> Served:
     """Start a server of ours for one configuration and wait for it."""
-    more_flags, more_env = SERVING[serving or DEFAULT_SERVING[0]]
+    more_flags, more_env = SERVING[serving]
     command = ghostserve_command(
         model,
         "--tensor-parallel-size", "2",

@@ -52,6 +52,7 @@ def test_the_demo_holds_what_it_promises() -> None:
     assert report["kv_bytes_protected"] > report["parity_bytes"] > 0
 
 
+@pytest.mark.slow  # test_ladder.py has the same control on a running server
 def test_without_the_restore_the_answer_changes() -> None:
     code, report, told = demo("--no-restore", "--max-tokens", "200")
     assert code == 1, told

@@ -46,7 +46,7 @@ def poisoned(served: Served):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_forced_recompute(served: Served, rank: int) -> None:
     """Rung 3 for every request: nothing shown is repeated or changed, the continuation is the same."""
-    asks = [Ask(max_tokens=60), SEEDED, Ask(max_tokens=90)]
+    asks = [Ask(max_tokens=60), SEEDED, Ask(max_tokens=80, regex="[a-z ]{200}")]
     references = served.run_together(asks)
     before = served.recoveries()
     served.server.set_switch("force_recompute", True)

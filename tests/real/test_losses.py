@@ -163,8 +163,14 @@ def test_two_losses_in_one_stream(float32: Served, ranks: tuple[int, int]) -> No
         assert_rebuilt(report, sealed=True)
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    ("point", "rank"),
+    [
+        pytest.param(point, rank, marks=[pytest.mark.slow] * ((rank + index) % 2))
+        for index, point in enumerate(POINTS)
+        for rank in RANKS
+    ],
+)
 def test_kill_at_a_fault_point(float32: Served, point: str, rank: int) -> None:
     """Torn steps: before the forward, after it, staged, sampled, not answered yet."""
     reference, before = float32.reference(SEEDED), float32.recoveries()

@@ -1,7 +1,7 @@
-"""The same losses under the other model runner and with two batches in flight: a part of the matrix, one server each.
+"""The same losses under the other model runner and the other scheduling: a part of the matrix, one server each.
 
-`pytest --serving ...` runs all of it (test_losses.py, test_ladder.py). The KV pool is small here, so that requests are
-preempted while steps that name them are in flight.
+`pytest --serving ...` runs all of it (test_losses.py, test_ladder.py), by default with V1 and two batches in flight. The KV
+pool is small here, so that requests are preempted while others are in flight.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from real.kit import PROMPTS, SEEDED_PAIR, Ask, Hurt, Served, assert_rebuilt, as
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 SMALL_POOL = ("--kv-cache-memory-bytes", str(7 << 19), "--max-model-len", "768")
-SLOW_V2 = tuple(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("v2-async", "v2-sync")
-)  # it is interpreted
-on_each = pytest.mark.parametrize("served", ["v1-async", "v2-async", SLOW_V2[1]], indirect=True)
-on_v1 = pytest.mark.parametrize("served", ["v1-async", *SLOW_V2], indirect=True)
+SERVINGS = ("v2-async", "v2-sync", "v1-async")  # V2 is interpreted here: slow
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SERVINGS]
+whole = pytest.mark.parametrize("served", SLOW, indirect=True)
+part = pytest.mark.parametrize("served", [SERVINGS[0], *SLOW[1:]], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def _healthy(served: Served) -> Iterator[None]:
     served.settle()
 
 
-@on_each
+@part
 def test_it_is_served_as_asked(served: Served, request: pytest.FixtureRequest) -> None:
     runner, scheduling = request.node.callspec.params["served"].split("-")
     status = served.server.status()
@@ -57,10 +56,9 @@ def test_it_is_served_as_asked(served: Served, request: pytest.FixtureRequest) -
 
 
 MIXED = [
-    Ask(max_tokens=60),
-    Ask(temperature=0.8, seed=7, max_tokens=50),
+    Ask(max_tokens=45),
     Ask(temperature=0.8, seed=11, n=2, max_tokens=40),
-    Ask(temperature=0.8, seed=3, max_tokens=40, regex="[a-z ]{200}"),
+    Ask(temperature=0.8, seed=3, max_tokens=30, regex="[a-z ]{200}"),
 ]
 FAULTS = [(1, "after_model", 25), (1, "after_sample", 12), (0, "staged", 33)]
 
@@ -77,19 +75,19 @@ def kill_in_decode(served: Served, *, rank: int, point: str, skip: int) -> None:
     assert_rebuilt(report, sealed=True)
 
 
-@on_v1
+@whole
 @pytest.mark.parametrize(("rank", "point", "skip"), FAULTS)
 def test_kill_in_decode(served: Served, rank: int, point: str, skip: int) -> None:
     kill_in_decode(served, rank=rank, point=point, skip=skip)
 
 
-@on_each
+@part
 def test_kill_between_forward_and_sampling(served: Served) -> None:
     """In V2 the logits, a collective, are computed with the sampling."""
     kill_in_decode(served, rank=0, point="before_sample", skip=21)
 
 
-@on_each
+@part
 def test_kill_in_chunked_prefill(served: Served) -> None:
     """A prompt of several chunks, the next one always in flight; other streams decode."""
     asks = [Ask(max_tokens=30), Ask(prompt=PROMPTS["json-dump"] * 12, max_tokens=20, temperature=0.8, seed=5)]
@@ -110,7 +108,7 @@ def preemptions(served: Served) -> float:
     )
 
 
-@on_v1
+@whole
 @pytest.mark.parametrize("skip", [60, 75])
 def test_kill_while_requests_are_preempted(served: Served, skip: int) -> None:
     """More KV is wanted than there is: a step in flight names requests that the next one throws out."""
@@ -128,7 +126,7 @@ def test_kill_while_requests_are_preempted(served: Served, skip: int) -> None:
     assert served.recovery(after=before)["ok"]
 
 
-@on_v1
+@whole
 def test_kill_while_requests_stop_and_are_aborted(served: Served) -> None:
     """Requests leave between two batches that name them."""
     ask, before = Ask(max_tokens=60), served.recoveries()
@@ -148,7 +146,7 @@ def test_kill_while_requests_stop_and_are_aborted(served: Served) -> None:
     assert served.recoveries() == before + 2
 
 
-@on_v1
+@whole
 def test_forced_recompute(served: Served) -> None:
     """Rung 3: requests leave every batch in flight and start over from their tokens, also one with a grammar."""
     asks = [
@@ -167,7 +165,7 @@ def test_forced_recompute(served: Served) -> None:
     assert (report["path"], report["requests_recomputed"]) == ("recompute", 3)
 
 
-@on_v1
+@whole
 def test_a_step_that_always_raises_fails_its_requests_only(served: Served) -> None:
     reference, pids = served.reference(SEEDED_PAIR), [rank["pid"] for rank in served.server.status()["ranks"]]
     for _ in range(2):  # the first try, and the retry
@@ -180,7 +178,7 @@ def test_a_step_that_always_raises_fails_its_requests_only(served: Served) -> No
     assert [rank["pid"] for rank in served.server.status()["ranks"]] == pids
 
 
-@on_v1
+@whole
 def test_without_restore_the_output_changes(served: Served) -> None:
     """Negative control: the oracle can fail."""
     ask = Ask(max_tokens=90)
@@ -191,7 +189,7 @@ def test_without_restore_the_output_changes(served: Served) -> None:
     served.post("/reset_prefix_cache")
 
 
-@on_each
+@whole
 @pytest.mark.parametrize("with_copy", [True, False], ids=["rng restored", "negative control"])
 def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
     served.server.set_switch("skip_rng_restore", not with_copy)
