@@ -41,7 +41,7 @@ class AbandonableCommunicator(CpuCommunicator):
         super().__init__(*args, **kwargs)
         if self.world_size > 1 and self.unique_name.startswith("tp"):
             before, shared = _named.get(self.unique_name), SharedMemory.form(self.device_group)
-            if before is not None and before.shared and shared is None and self.world_size > 2:
+            if before is not None and before.over_shared_memory and shared is None and self.world_size > 2:
                 # gloo adds in another order: what comes after would not be what would have come.
                 raise RuntimeError("collectives were over shared memory and cannot be again")
             self.dist_module = TensorParallelCollectives(self.unique_name, self.device_group, shared)
@@ -67,8 +67,12 @@ class TensorParallelCollectives:
         self._device_group = group
         self._rank = dist.get_rank(group)
         self._shared = shared
-        self.shared = shared is not None
         _named[name] = self
+
+    @property
+    def over_shared_memory(self) -> bool:
+        """Whether it is, or was until it was abandoned."""
+        return self._shared is not None
 
     def all_reduce(self, tensor: torch.Tensor, group: Any = None) -> None:
         """Sum in place, in the order of the ranks: the same bits on all of them."""

@@ -187,17 +187,21 @@ class Manifest:
         """Those whose block was not given up since they were planned. The others must not be run any more."""
         kept = []
         for piece in pieces:
-            entry = self.entries.get(piece.block)
-            if entry is not None and entry.generation == piece.generation:
+            if self._entry_of(piece) is not None:
                 kept.append(piece)
             else:
                 self._close_piece(piece)
         return tuple(kept)
 
+    def _entry_of(self, piece: Piece) -> Entry | None:
+        """The entry that a piece was planned for, None if it was given up."""
+        entry = self.entries.get(piece.block)
+        return entry if entry is not None and entry.generation == piece.generation else None
+
     def _close_piece(self, piece: Piece) -> Entry | None:
         """A piece's step has run, or never will. Its entry, None if that was given up meanwhile."""
-        entry = self.entries.get(piece.block)
-        if entry is not None and entry.generation == piece.generation:
+        entry = self._entry_of(piece)
+        if entry is not None:
             entry.open_pieces -= 1
             return entry
         dropped = self._dropped.get((piece.block, piece.generation))
