@@ -38,10 +38,11 @@ from ghostserve.engine.settings import Settings
 from ghostserve.engine.silence import who_is_silent
 from ghostserve.engine.start import Starter
 from ghostserve.engine.status import StatusWriter
+from ghostserve.shadow.packed_pieces import pack_pieces
 
 logger = logging.getLogger(__name__)
 
-STAMP_POLL_S = 0.0002
+STAMP_POLL_S, STAMP_SPIN_S = 0.0002, 0.002  # ranks finish a step within microseconds of each other
 WEIGHT_CHANGES = ("reload_weights", "update_weights", "load_model")
 
 
@@ -160,7 +161,7 @@ class GhostExecutor(MultiprocExecutor):
                 step=self._step,
                 scheduler_output=scheduler_output,
                 sent=scheduler_output,
-                pieces=getattr(scheduler_output, "ghost_pieces", ()),
+                pieces=vars(scheduler_output).pop("ghost_pieces", ()),  # what is left on it is sent, too
             )
             self.open_steps.append(step)
             self._newest = step
@@ -173,14 +174,18 @@ class GhostExecutor(MultiprocExecutor):
             step = self._newest
             assert step is not None, "sample_tokens without a step"
             step.grammar_output, step.sampling = grammar_output, True
-            if not step.done:
+            if not step.done and not step.one_message:
                 self._send_sample(step)
         future = LazyFuture(lambda: self._complete(step, sampled=True))
         return future if non_block else future.result()
 
     def _send_step(self, step: OpenStep) -> None:
         message = StepMessage(
-            epoch=self.performer.epoch, step=step.step, scheduler_output=step.sent, pieces=step.pieces
+            epoch=self.performer.epoch,
+            step=step.step,
+            scheduler_output=step.sent,
+            pieces=pack_pieces(step.pieces, ranks=self.world_size),
+            sample_at_once=step.one_message,
         )
         self.ring.send("ghost_step", message, reply_rank=self.output_rank, gone=self._known_dead())
 
@@ -199,10 +204,11 @@ class GhostExecutor(MultiprocExecutor):
     def _complete(self, step: OpenStep, *, sampled: bool) -> Any:
         """Bring the steps in flight through, oldest first, until this one is; repaired as often as the performer allows.
 
-        Without `sampled` its first half is enough: the engine core asks for the second one once that is here.
+        Without `sampled` its first half is enough: the engine core asks for the second one once that is here. Of a
+        step in one message there is no first half to wait for.
         """
         with self.session.lock:
-            while not (step.done or (step.executed and not sampled)):
+            while not (step.done or (not sampled and (step.executed or step.one_message))):
                 try:
                     self._run_oldest()
                 except (RanksDied, RankRaised, RankSilent) as failure:
@@ -216,7 +222,7 @@ class GhostExecutor(MultiprocExecutor):
         for step in self.open_steps:
             step.forget_replies()
             self._send_step(step)
-            if step.sampling:
+            if step.sampling and not step.one_message:
                 self._send_sample(step)
 
     def _run_oldest(self) -> None:
@@ -227,7 +233,7 @@ class GhostExecutor(MultiprocExecutor):
             step.executed = True
             if step.output is None and not step.sampling:
                 return
-        if step.sampling:
+        if step.sampling and not step.one_message:
             # A step that has lost all its requests has its output already, and answers this with another empty one.
             sampled = self._next_reply(step)
             step.output = sampled if step.output is None else step.output
@@ -287,7 +293,8 @@ class GhostExecutor(MultiprocExecutor):
 
     def _wait_for_stamps(self, step: OpenStep) -> None:
         page, (epoch, number) = self.session.page, self._id(step)
-        deadline_s = monotonic_s() + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
+        started_s = monotonic_s()
+        deadline_s = started_s + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
         for rank in range(self.world_size):
             while True:
                 stamp = page.read_stamp(rank)
@@ -301,7 +308,10 @@ class GhostExecutor(MultiprocExecutor):
                     raise RanksDied(died, f"rank {sorted(died)} died before its stamp")
                 if monotonic_s() > deadline_s:
                     raise RankSilent(frozenset({rank}), f"rank {rank} did not stamp step {number}")
-                sleep_s(STAMP_POLL_S)
+                if monotonic_s() - started_s < STAMP_SPIN_S:
+                    os.sched_yield()
+                else:
+                    sleep_s(STAMP_POLL_S)
 
     # -- other calls -----------------------------------------------------------------------------------
 

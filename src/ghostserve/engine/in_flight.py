@@ -33,9 +33,18 @@ class OpenStep:
     replies: deque[Any] = field(default_factory=deque)  # here and not taken yet; RankRaised for a failure
 
     @property
+    def one_message(self) -> bool:
+        """Whether its halves need not be told apart: no grammar says what may be sampled.
+
+        The engine core asks for the tokens of every step that schedules any; one round trip does for both then.
+        """
+        output = self.scheduler_output
+        return output.total_num_scheduled_tokens > 0 and not output.has_structured_output_requests
+
+    @property
     def replies_due(self) -> int:
         """Replies that were not taken yet, here or on their way."""
-        return (not self.executed) + self.sampling
+        return (not self.executed) + (self.sampling and not self.one_message)
 
     def forget_replies(self) -> None:
         """Whatever was answered belongs to an epoch that was given up."""

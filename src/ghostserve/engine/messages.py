@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ghostserve.shadow.manifest import Piece
+from ghostserve.shadow.packed_pieces import PackedPieces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMessage:
-    """Run one step. `scheduler_output` is vLLM's own; `pieces` says what to mirror once it has run."""
+    """Run one step. `scheduler_output` is vLLM's own; `pieces` says what to mirror once it has run.
+
+    `sample_at_once`: sample its tokens, too, and answer with them alone. Otherwise a SampleMessage follows.
+    """
 
     epoch: int
     step: int
     scheduler_output: Any
-    pieces: tuple[Piece, ...]
+    pieces: PackedPieces
+    sample_at_once: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

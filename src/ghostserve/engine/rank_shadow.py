@@ -23,8 +23,9 @@ from ghostserve.engine.messages import ArenaGeometry, BlockRestore, RankLayout, 
 from ghostserve.engine.probe import kv_storage, probe
 from ghostserve.engine.staging_keys import ack_key, random_key
 from ghostserve.errors import CorruptionError
-from ghostserve.shadow.manifest import Piece
+from ghostserve.shadow.host_staging import HostStaging
 from ghostserve.shadow.mirror import Mirror
+from ghostserve.shadow.packed_pieces import PackedPieces
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class RankShadow:
         self._kv_bytes = kv_storage(runner).nbytes()
         self._mirror: Mirror | None = None
         self._staging: StagingArea | None = None
+        self._host: HostStaging | None = None  # on a CPU, with the native library
         self._codec: Codec | None = None
         self._debug_started = False
 
@@ -81,6 +83,7 @@ class RankShadow:
         self._mirror = self._unmapped()
         self._mirror.frames = self._segments["pool"].array
         self._mirror.frame_bytes = geometry.frame_bytes
+        self._host = self._host_staging(geometry)
         self._codec = host_codec(self._ranks, geometry.parity_shards)
         self._staging = StagingArea(
             self._segments["staging"],
@@ -88,6 +91,22 @@ class RankShadow:
             ring=geometry.staging_ring,
             record_bytes=geometry.staging_record_bytes,
         )
+
+    def _host_staging(self, geometry: ArenaGeometry) -> HostStaging | None:
+        if self._kv.device.type != "cpu":
+            return None
+        try:
+            return HostStaging(
+                kv=self._kv.numpy(),
+                groups=self._groups,
+                num_blocks=self._num_blocks,
+                frames=self._segments["pool"].array,
+                frame_bytes=geometry.frame_bytes,
+                rank=self._rank,
+            )
+        except (OSError, AttributeError) as error:  # the library is missing, or of another build
+            logger.warning("steps are staged piece by piece, which is slower: %s", error)
+            return None
 
     def _unmapped(self) -> Mirror:
         return Mirror(
@@ -100,28 +119,28 @@ class RankShadow:
 
     # -- every step ------------------------------------------------------------------------------------
 
-    def stage(self, *, epoch: int, step: int, pieces: tuple[Piece, ...]) -> None:
+    def stage(self, *, epoch: int, step: int, pieces: PackedPieces) -> None:
         """Mirror the slots a step wrote and record their checksums. Never raises."""
         if self._mirror is None or self._staging is None:
             return
         try:
-            checksums = [
-                self._mirror.stage(
-                    block=piece.block,
-                    group=piece.group,
-                    start=piece.start,
-                    stop=piece.stop,
-                    frame=piece.frames[self._rank],
-                )
-                for piece in pieces
-            ]
+            checksums = self._host.stage(pieces) if self._host is not None else self._stage_each(pieces)
             if self._page.get_switch(Switch.DEBUG_COPY):
                 self._debug_copy(pieces)
-            record = struct.pack(f"<{len(checksums)}I", *checksums)
-            self._staging.write(self._rank, ack_key(step), epoch, record)
+            self._staging.write(self._rank, ack_key(step), epoch, checksums)
         except Exception:
             logger.exception("rank %d: step %d could not be mirrored", self._rank, step)
             self._page.add(Counter.SHADOW_ERRORS_TOTAL, 1)
+
+    def _stage_each(self, pieces: PackedPieces) -> bytes:
+        assert self._mirror is not None
+        checksums = [
+            self._mirror.stage(
+                block=piece.block, group=piece.group, start=piece.start, stop=piece.stop, frame=piece.frame
+            )
+            for piece in pieces.of_rank(self._rank)
+        ]
+        return struct.pack(f"<{len(checksums)}I", *checksums)
 
     def record_random_state(self, *, epoch: int, step: int, record: bytes) -> None:
         """Keep the random states after a step where they outlive this process. Never raises."""
@@ -164,7 +183,8 @@ class RankShadow:
                 parities += 1
             else:
                 mirrors += 1
-                mirror.seed_progress(frame=item.frame, slots=item.slots, checksum=item.checksum)
+                seed = mirror.seed_progress if self._host is None else self._host.seed
+                seed(frame=item.frame, slots=item.slots, checksum=item.checksum)
         self._page.add(Counter.KV_BLOCKS_FROM_MIRRORS_TOTAL, mirrors)
         self._page.add(Counter.KV_BLOCKS_FROM_PARITY_TOTAL, parities)
         self._page.add(Counter.KV_BYTES_REBUILT_TOTAL, rebuilt)
@@ -208,12 +228,12 @@ class RankShadow:
 
     # -- faults and proof ------------------------------------------------------------------------------
 
-    def corrupt(self, pieces: tuple[Piece, ...]) -> None:
+    def corrupt(self, pieces: PackedPieces) -> None:
         """Flip a byte of what this step mirrored; an injected fault."""
         if self._mirror is not None and pieces:
-            piece = pieces[0]
+            piece = pieces.of_rank(self._rank)[0]
             at = piece.start * self._mirror.slot_bytes(piece.group)
-            self._mirror.frame(piece.frames[self._rank])[at] ^= 0xFF
+            self._mirror.frame(piece.frame)[at] ^= 0xFF
 
     def _debug_view(self) -> torch.Tensor:
         """This rank's part of the debug segment, as words like the KV memory."""
@@ -221,14 +241,14 @@ class RankShadow:
         region = self._segments["debug"].array[start : start + self._kv_bytes]
         return torch.from_numpy(region).view(self._kv.dtype)
 
-    def _debug_copy(self, pieces: tuple[Piece, ...]) -> None:
+    def _debug_copy(self, pieces: PackedPieces) -> None:
         copy = self._debug_view()
         if not self._debug_started:
             copy.copy_(self._kv)
             self._debug_started = True
         mirror = self._mirror
         assert mirror is not None
-        for piece in pieces:
+        for piece in pieces.of_rank(self._rank):
             mirror.copy_slots(piece.block, piece.group, piece.start, piece.stop, copy)
 
     def _debug_compare(self, items: list[BlockRestore], refused: list[int]) -> tuple[int, ...]:

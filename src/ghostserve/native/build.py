@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("gf256.c", "read.c", "collectives.c")
+SOURCES = ("gf256.c", "read.c", "collectives.c", "stage.c")
 FLAGS = (
     "-std=gnu11",
     "-O3",
