@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import sys
 from typing import Any
 
 import torch.distributed as dist
@@ -29,9 +30,16 @@ GROUP_GLOBALS = (
 )  # fmt: skip
 
 
+def abandon_groups() -> None:
+    """No collective of this process waits any longer, in whatever thread. May be called again."""
+    communicator.abandon_all()
+    if (cuda := sys.modules.get("ghostserve.engine.communicator_cuda")) is not None:
+        cuda.abandon_all()
+
+
 def leave_groups() -> None:
     """Drop every process group. Peers blocked in a collective with us see that we left, and leave too."""
-    communicator.abandon_all()  # first: a peer that waits in one does not look at connections
+    abandon_groups()  # first: a peer that waits in one does not look at connections
     for destroy in (parallel_state.destroy_model_parallel, parallel_state.destroy_distributed_environment):
         try:
             destroy()

@@ -1,6 +1,7 @@
-"""vLLM platform plugin: the CPU platform with collectives that fail when a peer dies.
+"""vLLM platform plugin: the CPU and CUDA platforms with collectives that can be left when a peer dies.
 
-vLLM's shared-memory collectives on CPU spin for ever when a peer dies (`communicator.py`). Active only in processes started by ghostserve, so plain vLLM beside us stays as it is.
+vLLM's own wait for a dead peer for ever (`communicator.py`, `communicator_cuda.py`). Active only in processes started
+by ghostserve, so plain vLLM beside us stays as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ def register() -> str | None:
     """Entry point of the `vllm.platform_plugins` group. None: not ours to decide."""
     if os.environ.get(PLATFORM_ENV) != "1":
         return None
-    from vllm.platforms import cpu_platform_plugin
+    from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
-    if cpu_platform_plugin() is None:
-        return None
-    return "ghostserve.engine.platform_cpu.GhostCpuPlatform"
+    if cpu_platform_plugin() is not None:
+        return "ghostserve.engine.platform_cpu.GhostCpuPlatform"
+    if cuda_platform_plugin() is not None:
+        return "ghostserve.engine.platform_cuda.GhostCudaPlatform"
+    return None

@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm.compilation.counter import compilation_counter
 from vllm.config import CompilationMode, set_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -28,7 +29,9 @@ from ghostserve.arena.control import ControlPage, FaultAction, FaultPoint, Mark,
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import compat, faults, runner_v1, runner_v2
-from ghostserve.engine.groups import form_groups, leave_groups, peer_left
+from ghostserve.engine.epoch_watch import EpochWatch
+from ghostserve.engine.graphs import capture_graphs, drop_graphs, warm_up
+from ghostserve.engine.groups import abandon_groups, form_groups, leave_groups, peer_left
 from ghostserve.engine.messages import (
     ArenaGeometry,
     BlockRestore,
@@ -64,11 +67,15 @@ class GhostWorkerMixin:
     _epoch: int = 0
     _failed_at: tuple[int, int] | None = None
     _kv_cache_config: Any = None
+    _watch: EpochWatch | None = None
 
     def init_device(self) -> None:
         self._segments = fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=ARENA_TIMEOUT_S)
         self._page = ControlPage(self._segments["control"], lane=self.rank)
         self._page.mark(self.rank, Mark.IMPORTS_DONE, monotonic_s())
+        if current_platform.is_cuda():
+            self._watch = EpochWatch(self._page, abandon=abandon_groups)
+            self._watch.groups_of(self._page.epoch)
         super().init_device()  # type: ignore[misc]
         self._page.mark(self.rank, Mark.GROUPS_READY, monotonic_s())
 
@@ -85,7 +92,10 @@ class GhostWorkerMixin:
     # -- the step --------------------------------------------------------------------------------------
 
     def ghost_step(self, message: StepMessage) -> Any:
-        """Run and mirror one step. Returns what the stock worker returns (None: tokens are sampled next)."""
+        """Run and mirror one step, and sample it if told so.
+
+        Returns what the stock worker returns (None: tokens are sampled next).
+        """
         self._refuse_if_stale(message.epoch, message.step)
         with self._failing(message.epoch, message.step):
             self._stamp(message, StampStatus.BEGUN)
@@ -99,7 +109,11 @@ class GhostWorkerMixin:
                 self._shadow.corrupt(message.pieces)
             if output is not None:
                 self._finish(message)
-            return output
+        if output is None and message.sample_at_once:
+            return self.ghost_sample(
+                SampleMessage(epoch=message.epoch, step=message.step, grammar_output=None)
+            )
+        return output
 
     def ghost_sample(self, message: SampleMessage) -> Any:
         """Sample the step that `ghost_step` ran."""
@@ -136,7 +150,7 @@ class GhostWorkerMixin:
             self._failed_at = (epoch, step)
             status = StampStatus.PEER_LEFT if peer_left(error) else StampStatus.FAILED
             self._page.stamp(self.rank, epoch=epoch, step=step, status=status, now_s=monotonic_s())
-            leave_groups()
+            self._leave_groups()
             raise
 
     @property
@@ -183,6 +197,11 @@ class GhostWorkerMixin:
 
     def ghost_leave(self) -> None:
         """Leave the groups, whether or not this rank has noticed that they are broken."""
+        self._leave_groups()
+
+    def _leave_groups(self) -> None:
+        abandon_groups()  # before the graphs: one may be running
+        drop_graphs(self.model_runner)
         leave_groups()
 
     def ghost_regroup(self, message: RegroupMessage) -> None:
@@ -191,6 +210,8 @@ class GhostWorkerMixin:
         A rendezvous cannot be called off, so it starts when the newcomers are about to join it, and is short.
         """
         self._await_newcomers(message)
+        if self._watch is not None:
+            self._watch.groups_of(message.epoch)
         form_groups(
             self.vllm_config,
             rank=self.rank,
@@ -215,9 +236,10 @@ class GhostWorkerMixin:
             if newcomer:
                 self.get_kv_cache_spec()  # type: ignore[attr-defined]
             if message.warm_up and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
-                self.model_runner.warming_up_model()
+                warm_up(self.model_runner)
             if newcomer:
                 self.initialize_from_config(message.kv_cache_configs[self.rank])
+            capture_graphs(self.model_runner)
         if newcomer and message.geometry is not None:
             self.ghost_layout()
             # Not ghost_map: its first record of random states would take the place of one that is needed now.
