@@ -103,8 +103,8 @@ def judge_ratio(estimate: Estimate, *, at_least: float) -> Decision:
 
          target      1      its opposite
     ──────┼──────────┼──────────┼──────▶ ratio
-    └───┘ missed     └────┘ met            met only if the interval is no wider than from the target
-       └────┘ not resolved                 to its opposite: a wider one would have held either
+    └───┘ missed     └────┘ met            one that reaches below 1 must be no wider than from the
+       └────┘ not resolved                 target to its opposite: a wider one would have held either
     """
     assert 0 < at_least < 1
     if estimate.count < VALUES_MIN:
@@ -117,12 +117,23 @@ def judge_ratio(estimate: Estimate, *, at_least: float) -> Decision:
         return Decision(choice=Judgement.MISSED, reason=f"{between} lies below {at_least:g}")
     if estimate.low < at_least:
         return Decision(choice=Judgement.NOT_RESOLVED, reason=f"{between} holds {at_least:g}")
-    if estimate.width > 2 * (1 - at_least):
+    if estimate.low < 1 and estimate.width > 2 * (1 - at_least):
         return Decision(
             choice=Judgement.NOT_RESOLVED,
             reason=f"{between} is wider than from {at_least:g} to its opposite, {2 - at_least:g}",
         )
     return Decision(choice=Judgement.MET, reason=f"{between} lies above {at_least:g}")
+
+
+def judge_cost(ratio: Estimate, difference: Estimate, *, at_least: float, or_at_most: float) -> Decision:
+    """As judge_ratio; else met if what a step takes longer is `or_at_most` or less, whole interval."""
+    decision = judge_ratio(ratio, at_least=at_least)
+    if decision.choice is Judgement.MET or ratio.count < VALUES_MIN or difference.high > or_at_most:
+        return decision
+    return Decision(
+        choice=Judgement.MET,
+        reason=f"the difference, {difference.low:.0f} to {difference.high:.0f}, lies below {or_at_most:g}",
+    )
 
 
 def distinct_ngrams(token_ids: Sequence[int], length: int = 4) -> float:

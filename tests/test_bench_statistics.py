@@ -38,6 +38,23 @@ def test_a_wide_interval_is_never_a_success(low: float, high: float, says: estim
     assert estimates.judge_ratio(estimate, at_least=0.95).choice is says
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "us", "says"),
+    [
+        (1.9, 2.3, -9000, estimates.Judgement.MET),  # twice as fast, however wide the interval is
+        (0.90, 0.93, 140, estimates.Judgement.MET),  # a short step: 140 us are much of it, and allowed
+        (0.90, 0.93, 160, estimates.Judgement.MISSED),
+        (0.90, 1.30, 160, estimates.Judgement.NOT_RESOLVED),
+    ],
+)
+def test_a_target_in_shares_or_in_microseconds(
+    low: float, high: float, us: float, says: estimates.Judgement
+) -> None:
+    ratio = estimates.Estimate(median=(low + high) / 2, low=low, high=high, count=7)
+    difference = estimates.Estimate(median=us - 10, low=us - 20, high=us, count=7)
+    assert estimates.judge_cost(ratio, difference, at_least=0.97, or_at_most=150).choice is says
+
+
 def test_too_few_values_resolve_nothing() -> None:
     estimate = estimates.Estimate(median=1.0, low=0.99, high=1.01, count=2)
     assert estimates.judge_ratio(estimate, at_least=0.95).choice is estimates.Judgement.NOT_RESOLVED
