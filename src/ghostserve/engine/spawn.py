@@ -7,6 +7,7 @@ executor's broadcast ring where the writer stands, instead of at its beginning.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -107,6 +108,9 @@ def start_worker(context: Any, start: WorkerStart) -> UnreadyWorkerProcHandle:
 
 def worker_main(start: WorkerStart, ready: Connection, death: Connection) -> None:
     """A worker process from first to last line."""
+    # All that the fork server imported is here to stay: vLLM collects garbage twice while it loads a model, which took
+    # 0.5 s each over this heap and copied every page of it.
+    gc.freeze()
     stopping = threading.Event()
     _install_signal_handlers(stopping)
     if logging_config := getattr(start.vllm_config, "logging_config", None):
