@@ -48,10 +48,12 @@ class Ask:
     seed: int | None = None
     n: int = 1
     regex: str | None = None
+    presence_penalty: float = 0.0  # the sampler needs every token of the answer so far
 
     @property
     def extra(self) -> dict[str, Any]:
-        return {} if self.regex is None else {"structured_outputs": {"regex": self.regex}}
+        grammar = {} if self.regex is None else {"structured_outputs": {"regex": self.regex}}
+        return {**grammar, **({"presence_penalty": self.presence_penalty} if self.presence_penalty else {})}
 
     @property
     def body(self) -> dict[str, Any]:

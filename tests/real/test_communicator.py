@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from vllm.distributed import parallel_state
 
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import communicator, groups
@@ -116,6 +117,99 @@ def same_as_torch(rank: int, world: Any) -> str:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_vllm_asks_for_equals_torch(tmp_path: Path, ranks: int) -> None:
     assert run(tmp_path, ranks, same_as_torch) == ["same"] * ranks
+
+
+SENT = [dtype for dtype in DTYPES if dtype is not torch.int16]  # gloo does not know it
+
+
+def coordinator(world: Any) -> Any:
+    """vLLM's own object for a group, with our communicator in it, as in a worker."""
+    ranks = list(range(dist.get_world_size(world)))
+    made = parallel_state.GroupCoordinator(
+        group_ranks=[ranks],
+        local_rank=dist.get_rank(world),
+        torch_distributed_backend="gloo",
+        use_device_communicator=False,  # the platform of this process is vLLM's own
+        group_name="tp",
+    )
+    made.device_communicator = communicator.AbandonableCommunicator(
+        cpu_group=made.cpu_group,
+        device=made.device,
+        device_group=made.device_group,
+        unique_name=made.unique_name,
+    )
+    assert made.device_communicator.dist_module.over_shared_memory
+    return made
+
+
+def dictionary(rank: int) -> dict[str, Any]:
+    """Tensors of every dtype, an empty one, and what is no tensor."""
+    tensors = {str(dtype): numbers(rank, (3, 5), dtype) for dtype in SENT}
+    return {**tensors, "empty": torch.empty(0, 7), "name": f"of rank {rank}", "none": None}
+
+
+def same_dictionary(found: dict[str, Any] | None, expected: dict[str, Any]) -> bool:
+    return (
+        found is not None
+        and found.keys() == expected.keys()
+        and all(
+            torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+            for name, value in expected.items()
+        )
+    )
+
+
+def through_the_coordinator(rank: int, world: Any) -> str:
+    """What is not ours: single tensors and dictionaries from one rank to another, and to all."""
+    group, ranks = coordinator(world), dist.get_world_size(world)
+    for source in range(ranks):
+        for dtype in SENT:
+            mine = numbers(rank, (3, 1000), dtype)
+            assert torch.equal(group.broadcast(mine, src=source), numbers(source, (3, 1000), dtype)), dtype
+        to = (source + 1) % ranks
+        if rank == source:
+            group.send(numbers(rank, (3, 1000), torch.float32), dst=to)
+            group.send_tensor_dict(dictionary(rank), dst=to)
+        if rank == to:
+            found = group.recv(torch.Size((3, 1000)), torch.float32, src=source)
+            assert torch.equal(found, numbers(source, (3, 1000), torch.float32))
+            assert same_dictionary(group.recv_tensor_dict(src=source), dictionary(source))
+        given = dictionary(source) if rank == source else None
+        assert same_dictionary(group.broadcast_tensor_dict(given, src=source), dictionary(source))
+        total = group.all_reduce(numbers(rank, (8, 257), torch.float32))  # the two ways do not get mixed up
+        expected = sum(numbers(peer, (8, 257), torch.float32) for peer in range(ranks))
+        assert torch.equal(total, expected)
+    return "same"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tensors_and_dictionaries_from_rank_to_rank(tmp_path: Path, ranks: int) -> None:
+    assert run(tmp_path, ranks, through_the_coordinator) == ["same"] * ranks
+
+
+def waits_for_a_dictionary(rank: int, world: Any, *, dies: bool) -> tuple[float, str]:
+    """Rank 1 is to send one, and is gone instead."""
+    group, began_s = coordinator(world), monotonic_s()
+    if rank == 1:
+        sleep_s(0.5)
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        groups.leave_groups()
+        return 0.0, "left"
+    try:
+        group.recv_tensor_dict(src=1)
+    except Exception as error:
+        return monotonic_s() - began_s, f"{groups.peer_left(error)}: {error}"
+    raise AssertionError
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["killed", "left"])
+def test_a_dictionary_of_a_peer_that_is_gone(tmp_path: Path, dies: bool) -> None:
+    def body(rank: int, world: Any) -> Any:
+        return waits_for_a_dictionary(rank, world, dies=dies)
+
+    first, _ = run(tmp_path, 2, body)
+    assert first[1].startswith("True: "), first
 
 
 def a_long_one(rank: int, world: Any) -> str:

@@ -67,10 +67,11 @@ def serving(
     *flags: str,
     model: str | None = None,
     env: dict[str, str] | None = None,
+    serving: str = "v1-sync",
 ) -> Iterator[Served]:
     directory = factory.mktemp(name)
     path = kit.TINY if model is None else families.build(model, directory / "model")
-    served = kit.serve(directory, name, *flags, model=path, env=env)
+    served = kit.serve(directory, name, *flags, model=path, env=env, serving=serving)
     try:
         yield served
     finally:
@@ -124,18 +125,28 @@ def test_bfloat16_chunked_prefill(bfloat16: Served, rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "flags"),
+    ("family", "flags", "how"),
     [
         # torch.compile is vLLM's default: survivors keep their code, the newcomer takes it from the cache.
-        pytest.param("qwen3", (), marks=NEEDS_COMPILER, id="qwen3-compiled"),
-        pytest.param("moe", ("--enforce-eager", "--parity-shards", "3"), id="moe"),
-        pytest.param("hybrid-kv", ("--enforce-eager",), id="hybrid-kv"),
+        pytest.param("qwen3", (), "v1-sync", marks=NEEDS_COMPILER, id="qwen3-compiled"),
+        pytest.param("moe", ("--enforce-eager", "--parity-shards", "3"), "v1-sync", id="moe"),
+        # Several KV cache groups: their blocks differ in size and in what leaves a window.
+        pytest.param("hybrid-kv", ("--enforce-eager",), "v1-async", id="hybrid-kv"),
+        *(
+            pytest.param(
+                "hybrid-kv", ("--enforce-eager",), how, marks=pytest.mark.slow, id=f"hybrid-kv-{how}"
+            )
+            for how in ("v1-sync", "v2-sync", "v2-async")
+        ),
     ],
 )
-@pytest.mark.timeout(480)
-def test_family(tmp_path_factory: pytest.TempPathFactory, family: str, flags: tuple[str, ...]) -> None:
+@pytest.mark.timeout(600)
+def test_family(
+    tmp_path_factory: pytest.TempPathFactory, family: str, flags: tuple[str, ...], how: str
+) -> None:
     env = {} if "--enforce-eager" in flags else {"TORCHDYNAMO_DISABLE": "0"}
-    for served in serving(tmp_path_factory, family, "--dtype", "float32", *flags, model=family, env=env):
+    common = ("--dtype", "float32", *flags)
+    for served in serving(tmp_path_factory, family, *common, model=family, env=env, serving=how):
         compiled = served.rpc("ghost_compiled")
         lose_in_turn(served, FOUR)
         if family == "qwen3":

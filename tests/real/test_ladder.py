@@ -119,7 +119,10 @@ def test_the_byte_comparison_can_fail(served: Served) -> None:
 
 @pytest.mark.parametrize("with_copy", [True, False], ids=["rng restored", "negative control"])
 def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
-    """Unseeded sampling draws from states of each rank's own: a newcomer must take them over."""
+    """Unseeded sampling draws from states of each rank's own: a newcomer must take them over.
+
+    With a penalty the ranks keep the tokens themselves, and the digest is about them, too.
+    """
     served.server.set_switch("skip_rng_restore", not with_copy)
     found: list[list[str]] = []
 
@@ -132,7 +135,7 @@ def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
         hurt(*arguments)
         look(*arguments)
 
-    result = served.run(Ask(temperature=0.8, max_tokens=170), on_token=both)
+    result = served.run(Ask(temperature=0.8, max_tokens=170, presence_penalty=0.2), on_token=both)
     assert result.error is None
     ((rank0, rank1),) = found
     assert (rank0 == rank1) is with_copy

@@ -39,7 +39,11 @@ def _healthy(float32: Served):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("ask", [Ask(), SEEDED, SEEDED_PAIR], ids=["greedy", "seeded", "seeded-n2"])
+@pytest.mark.parametrize(
+    "ask",
+    [Ask(), SEEDED, SEEDED_PAIR, Ask(presence_penalty=0.6)],
+    ids=["greedy", "seeded", "seeded-n2", "penalised"],
+)
 def test_kill_in_decode(float32: Served, ask: Ask, rank: int) -> None:
     reference, before = float32.reference(ask), float32.recoveries()
     hurt = Hurt(40, lambda: float32.kill(rank))

@@ -200,6 +200,7 @@ def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
         kill(*arguments)
         look(*arguments)
 
-    assert served.run(Ask(temperature=0.8, max_tokens=80), on_token=both).error is None
+    ask = Ask(temperature=0.8, max_tokens=80, presence_penalty=0.2)
+    assert served.run(ask, on_token=both).error is None
     ((rank0, rank1),) = found
     assert (rank0 == rank1) is with_copy

@@ -3,7 +3,7 @@
 Must start no thread and touch no device: what is imported here is inherited by every worker.
 """
 
-import vllm.model_executor.layers.quantization.online.base  # noqa: F401  # by every loader, as it runs
+import vllm.model_executor.layers.quantization.online.base  # by every loader, as it runs
 import vllm.v1.worker.cpu_model_runner
 import vllm.v1.worker.gpu_worker  # noqa: F401
 from vllm.platforms import current_platform
