@@ -37,7 +37,7 @@ KILLED_RANK = 1
 TOKENS_BEFORE, TOKENS_AFTER = 24, 40  # many after: the kill takes effect some tokens late
 STREAM_TIMEOUT_S = 280.0
 EXIT_TIMEOUT_S = 120.0
-TARGET_S = 2.5  # of rebuild, median, at the shortest context
+TARGET_S = 1.5  # of rebuild, median, at the shortest context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

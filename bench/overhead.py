@@ -1,10 +1,11 @@
-"""What protection costs while nothing fails: five servers, one after the other, round by round; the others are stopped.
+"""What protection costs while nothing fails: six servers, one after the other, round by round; the others are stopped.
 
 a  ghostserve serve                        our collectives       a / d  to vLLM as it comes   at least 0.97, or 150 us per step
 e  ghostserve serve --async-scheduling     our collectives       e / d  the same, two batches in flight
 b  ghostserve serve --protection none      vLLM's collectives    b / d  what off costs        at least 0.99
 c  stock vLLM with our platform plugin     our collectives       a / c  what the shadow costs
 d  stock vLLM                              vLLM's collectives
+f  stock vLLM, a second server             vLLM's collectives    f / d  what two servers differ by that run the same code
 
 .venv/bin/python bench/overhead.py [--quick] [--rounds N]
 """
@@ -29,6 +30,7 @@ from servers import (
     OURS_OFF,
     OURS_ON,
     STOCK,
+    STOCK_AGAIN,
     STOCK_OURS,
     Servers,
     Variant,
@@ -43,7 +45,7 @@ from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import GhostserveError
 from ghostserve.testing.server import ServerProcess
 
-VARIANTS = (OURS_ON, OURS_ASYNC, OURS_OFF, STOCK_OURS, STOCK)
+VARIANTS = (OURS_ON, OURS_ASYNC, OURS_OFF, STOCK_OURS, STOCK, STOCK_AGAIN)
 STREAMS = (1, 8)
 OR_AT_MOST_US = 150.0  # per step; the more generous of the two decides
 FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(64 << 20))
@@ -65,6 +67,7 @@ PAIRS = (
     Pair(over="a", under="d", meaning="ours on, vLLM as it comes", at_least=0.97),
     Pair(over="e", under="d", meaning="ours on with two batches in flight, vLLM as it comes", at_least=0.97),
     Pair(over="b", under="d", meaning="ours off, vLLM as it comes", at_least=0.99),
+    Pair(over="f", under="d", meaning="the same code in two servers", at_least=0.99),
     Pair(over="a", under="c", meaning="ours on, same collectives", at_least=0.97),
 )
 

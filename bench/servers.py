@@ -77,6 +77,7 @@ STOCK_OURS = Variant(
     env={"GHOSTSERVE_PLATFORM": "1"},  # our platform plugin alone: it changes the communicator, nothing else
 )
 STOCK = Variant(letter="d", title="stock vLLM", ours=False)
+STOCK_AGAIN = Variant(letter="f", title="stock vLLM, a second server", ours=False)
 OURS_ASYNC = Variant(
     letter="e", title="ghostserve serve --async-scheduling", ours=True, flags=("--async-scheduling",)
 )
