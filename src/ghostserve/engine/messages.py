@@ -32,6 +32,13 @@ class SampleMessage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepLeft:
+    """A rank's answer where it did not finish a step for a reason that is not its own: a peer, or the epoch."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaGeometry:
     """How the arena is cut up; known once every rank's KV layout is."""
 

@@ -14,6 +14,7 @@ from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.v1.executor.multiproc_executor import WorkerProc, WorkerProcHandle
 
 from ghostserve.clock import monotonic_s
+from ghostserve.engine.messages import StepLeft
 from ghostserve.engine.spawn import ring_readers_done
 
 SLICE_S = 0.02
@@ -105,9 +106,9 @@ class Ring:
                 if monotonic_s() > deadline_s:
                     raise RankSilent(frozenset({rank}), f"rank {rank} did not answer in time") from None
                 continue
-            if status == SUCCESS:
+            if status == SUCCESS and not isinstance(result, StepLeft):
                 return result
-            self._raise(rank, str(result), expect_alive)
+            self._raise(rank, result.reason if isinstance(result, StepLeft) else str(result), expect_alive)
 
     def _next_reply(self, rank: int) -> Any:
         """What a rank sent next. Raises TimeoutError after `SLICE_S`, with nothing lost.

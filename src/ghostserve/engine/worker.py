@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from vllm.compilation.counter import compilation_counter
@@ -41,6 +41,7 @@ from ghostserve.engine.messages import (
     RestoreReport,
     SampleMessage,
     StateMessage,
+    StepLeft,
     StepMessage,
 )
 from ghostserve.engine.rank_shadow import RankShadow
@@ -94,39 +95,40 @@ class GhostWorkerMixin:
     def ghost_step(self, message: StepMessage) -> Any:
         """Run and mirror one step, and sample it if told so.
 
-        Returns what the stock worker returns (None: tokens are sampled next).
+        Returns what the stock worker returns (None: tokens are sampled next), or StepLeft.
         """
-        self._refuse_if_stale(message.epoch, message.step)
-        with self._failing(message.epoch, message.step):
-            self._stamp(message, StampStatus.BEGUN)
-            self._fault(FaultPoint.BEFORE_MODEL)
-            output = self.execute_model(message.scheduler_output)  # type: ignore[attr-defined]
-            self._fault(FaultPoint.AFTER_MODEL)
-            if self._shadow is not None:
-                self._shadow.stage(epoch=message.epoch, step=message.step, pieces=message.pieces)
-            self._stamp(message, StampStatus.STAGED)
-            if self._fault(FaultPoint.STAGED) is FaultAction.CORRUPT_MIRROR and self._shadow is not None:
-                self._shadow.corrupt(message.pieces)
-            if output is not None:
-                self._finish(message)
-        if output is None and message.sample_at_once:
-            return self.ghost_sample(
-                SampleMessage(epoch=message.epoch, step=message.step, grammar_output=None)
-            )
-        return output
+        return self._unless_left(message, lambda: self._run(message))
 
     def ghost_sample(self, message: SampleMessage) -> Any:
         """Sample the step that `ghost_step` ran."""
-        self._refuse_if_stale(message.epoch, message.step)
-        with self._failing(message.epoch, message.step):
-            self._fault(FaultPoint.BEFORE_SAMPLE)
-            stock = self.use_v2_model_runner or self._page.get_switch(Switch.STOCK_GENERATORS)
-            aside = compat.chunked_generators_set_aside(self.model_runner)
-            with contextlib.nullcontext() if stock else aside:
-                output = self.sample_tokens(message.grammar_output)  # type: ignore[attr-defined]
-            self._fault(FaultPoint.AFTER_SAMPLE)
+        return self._unless_left(message, lambda: self._sample(message))
+
+    def _run(self, message: StepMessage) -> Any:
+        self._stamp(message, StampStatus.BEGUN)
+        self._fault(FaultPoint.BEFORE_MODEL)
+        output = self.execute_model(message.scheduler_output)  # type: ignore[attr-defined]
+        self._fault(FaultPoint.AFTER_MODEL)
+        if self._shadow is not None:
+            self._shadow.stage(epoch=message.epoch, step=message.step, pieces=message.pieces)
+        self._stamp(message, StampStatus.STAGED)
+        if self._fault(FaultPoint.STAGED) is FaultAction.CORRUPT_MIRROR and self._shadow is not None:
+            self._shadow.corrupt(message.pieces)
+        if output is not None:
             self._finish(message)
             return output
+        if not message.sample_at_once:
+            return None
+        return self._sample(SampleMessage(epoch=message.epoch, step=message.step, grammar_output=None))
+
+    def _sample(self, message: SampleMessage) -> Any:
+        self._fault(FaultPoint.BEFORE_SAMPLE)
+        stock = self.use_v2_model_runner or self._page.get_switch(Switch.STOCK_GENERATORS)
+        aside = compat.chunked_generators_set_aside(self.model_runner)
+        with contextlib.nullcontext() if stock else aside:
+            output = self.sample_tokens(message.grammar_output)  # type: ignore[attr-defined]
+        self._fault(FaultPoint.AFTER_SAMPLE)
+        self._finish(message)
+        return output
 
     def _finish(self, message: StepMessage | SampleMessage) -> None:
         if self._shadow is not None:
@@ -135,23 +137,28 @@ class GhostWorkerMixin:
         self._stamp(message, StampStatus.DONE)
         self._fault(FaultPoint.BEFORE_REPLY)
 
-    def _refuse_if_stale(self, epoch: int, step: int) -> None:
-        if epoch != self._epoch:
-            raise StaleEpoch(f"rank {self.rank}: step {step} of epoch {epoch}, now {self._epoch}")
-        if self._failed_at is not None:
-            raise StaleEpoch(f"rank {self.rank}: step {step} refused after the failed {self._failed_at}")
+    def _unless_left(self, message: StepMessage | SampleMessage, part: Callable[[], Any]) -> Any:
+        """Refuse what is of another epoch, or comes after a failed step. If the step raises: say so, and leave the
+        groups, so that peers blocked on us leave too.
 
-    @contextlib.contextmanager
-    def _failing(self, epoch: int, step: int) -> Iterator[None]:
-        """If the step raises: say so, and leave the groups so that peers blocked on us leave too."""
+        An error of its own goes on: vLLM logs and reports it. That takes 70 ms, which a rank that only follows a peer
+        does not spend: it answers StepLeft.
+        """
+        if message.epoch != self._epoch:
+            return StepLeft(reason=f"rank {self.rank}: a step of epoch {message.epoch}, now {self._epoch}")
+        if self._failed_at is not None:
+            return StepLeft(reason=f"rank {self.rank}: refused after the failed step {self._failed_at}")
         try:
-            yield
+            return part()
         except Exception as error:
-            self._failed_at = (epoch, step)
-            status = StampStatus.PEER_LEFT if peer_left(error) else StampStatus.FAILED
-            self._page.stamp(self.rank, epoch=epoch, step=step, status=status, now_s=monotonic_s())
+            self._failed_at = (message.epoch, message.step)
+            left = peer_left(error)
+            self._stamp(message, StampStatus.PEER_LEFT if left else StampStatus.FAILED)
             self._leave_groups()
-            raise
+            if not left:
+                raise
+            logger.warning("rank %d left step %d: %s", self.rank, message.step, error)
+            return StepLeft(reason=f"rank {self.rank}: {error}")
 
     @property
     def _requests(self) -> Any:
