@@ -126,9 +126,11 @@ def judge_ratio(estimate: Estimate, *, at_least: float) -> Decision:
 
 
 def judge_cost(ratio: Estimate, difference: Estimate, *, at_least: float, or_at_most: float) -> Decision:
-    """As judge_ratio; else met if what a step takes longer is `or_at_most` or less, whole interval."""
+    """As judge_ratio; else met if what a step takes longer is `or_at_most` or less, whole interval, as narrow as that."""
     decision = judge_ratio(ratio, at_least=at_least)
-    if decision.choice is Judgement.MET or ratio.count < VALUES_MIN or difference.high > or_at_most:
+    if decision.choice is Judgement.MET or ratio.count < VALUES_MIN:
+        return decision
+    if difference.high > or_at_most or difference.width > 2 * or_at_most:
         return decision
     return Decision(
         choice=Judgement.MET,

@@ -53,6 +53,9 @@ def test_a_target_in_shares_or_in_microseconds(
     ratio = estimates.Estimate(median=(low + high) / 2, low=low, high=high, count=7)
     difference = estimates.Estimate(median=us - 10, low=us - 20, high=us, count=7)
     assert estimates.judge_cost(ratio, difference, at_least=0.97, or_at_most=150).choice is says
+    wide = estimates.Estimate(median=us - 10, low=us - 9000, high=us, count=7)
+    says_of_wide = estimates.judge_cost(ratio, wide, at_least=0.97, or_at_most=150).choice
+    assert says_of_wide is estimates.judge_ratio(ratio, at_least=0.97).choice
 
 
 def test_too_few_values_resolve_nothing() -> None:

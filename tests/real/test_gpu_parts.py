@@ -5,6 +5,7 @@ No test here has seen NCCL or a CUDA graph.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import types
@@ -112,18 +113,23 @@ def test_every_collective_of_vllm_is_known() -> None:
 
 
 class FakeNccl:
+    """As vLLM's PyNcclCommunicator: whoever destroys it twice before the first has ended frees it twice."""
+
     def __init__(self) -> None:
         self.destroyed = 0
+        self.graphs_gone = threading.Event()
 
     def destroy(self) -> None:
         self.destroyed += 1
+        assert self.graphs_gone.wait(timeout=10)
 
 
 def made_by_hand() -> tuple[AbandonableCudaCommunicator, FakeNccl]:
     """As after a start, without a device."""
     made: Any = object.__new__(AbandonableCudaCommunicator)
     nccl = FakeNccl()
-    vars(made).update(abandoned=False, pynccl_comm=nccl, device_group=None)
+    rest = dict.fromkeys(("ca_comm", "aiter_ar_comm", "fi_ar_comm", "fi_pcie_ipc_ar_comm", "all2all_manager"))
+    vars(made).update(abandoned=False, _abort=None, pynccl_comm=nccl, device_group=None, **rest)
     return made, nccl
 
 
@@ -139,9 +145,41 @@ def test_an_abandoned_communicator_refuses(name: str, monkeypatch: pytest.Monkey
         print(f"as stock: {type(error).__name__}")
     for _ in range(2):
         communicator_cuda.abandon_all()
-    assert nccl.destroyed == 1
     with pytest.raises(GroupAbandoned, match=name):
         getattr(made, name)(torch.zeros(1))
+    nccl.graphs_gone.set()
+    made.destroy()
+    assert nccl.destroyed == 1
+
+
+def test_an_abort_is_not_waited_for_until_the_graphs_are_gone() -> None:
+    """NCCL may hold it until then, and it is the thread that leaves which drops them."""
+    made, nccl = made_by_hand()
+    made.abandon()  # as the watch does; returns although the abort does not
+    assert wait_for(lambda: nccl.destroyed == 1, timeout_s=5)
+    threading.Timer(0.2, nccl.graphs_gone.set).start()
+    assert not nccl.graphs_gone.is_set()
+    made.destroy()
+    assert nccl.graphs_gone.is_set()
+    assert nccl.destroyed == 1
+    assert made.pynccl_comm is None
+
+
+def test_a_failed_abort_does_not_end_the_watch(page: ControlPage) -> None:
+    tried: list[int] = []
+
+    def abandon() -> None:
+        tried.append(page.epoch)
+        raise RuntimeError("injected")
+
+    watch = EpochWatch(page, abandon=abandon, poll_s=0.001)
+    try:
+        for epoch in (1, 2):
+            watch.groups_of(epoch - 1)
+            page.epoch = epoch
+            assert wait_for(lambda epoch=epoch: tried == list(range(1, epoch + 1)), timeout_s=5)
+    finally:
+        watch.stop()
 
 
 def test_what_cannot_be_left_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +213,7 @@ def test_the_platform_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert getattr(sys.modules[module], name) is AbandonableCudaCommunicator
 
 
-def test_graphs_are_dropped_and_captured_again() -> None:
+def test_graphs_are_dropped_and_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
     from vllm.config import CUDAGraphMode
 
@@ -186,16 +224,31 @@ def test_graphs_are_dropped_and_captured_again() -> None:
     runner = SimpleNamespace(
         device=torch.device("cuda"),
         cudagraph_manager=SimpleNamespace(release_graphs=lambda: done.append("released")),
-        vllm_config=SimpleNamespace(
-            compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.PIECEWISE)
-        ),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.PIECEWISE),
+        max_num_tokens=64,
+        _dummy_run=lambda tokens, **how: done.append(f"ran {tokens} {sorted(how)}"),
         capture_model=lambda: done.append("captured"),
     )
+    monkeypatch.setattr(graphs, "current_platform", SimpleNamespace(new_graph_pool=lambda: "a new pool"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: done.append("synchronized"))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     on_a_cpu = SimpleNamespace(**{**vars(runner), "device": torch.device("cpu")})
     graphs.drop_graphs(on_a_cpu)
-    graphs.capture_graphs(on_a_cpu)
+    graphs.capture_graphs(on_a_cpu, v2=True)
     assert wrapper.concrete_cudagraph_entries
     graphs.drop_graphs(runner)
-    graphs.capture_graphs(runner)
+    graphs.capture_graphs(runner, v2=True)
     assert not wrapper.concrete_cudagraph_entries
-    assert done == ["released", "captured"]
+    assert done == ["released", "ran 64 ['skip_eplb']", "synchronized", "captured"]
+    assert wrapper.graph_pool == runner.cudagraph_manager.pool == "a new pool"
+
+
+def test_what_is_asked_of_the_runners_exists() -> None:
+    """The names that graphs.py gives to vLLM's dummy runs."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
+
+    common = {"skip_eplb", "is_profile"}
+    assert common | {"skip_attn"} <= set(inspect.signature(V2._dummy_run).parameters)
+    v1 = inspect.signature(V1._dummy_run).parameters
+    assert common | {"cudagraph_runtime_mode", "force_attention"} <= set(v1)

@@ -4,6 +4,9 @@ A kernel of NCCL waits for a dead peer for ever, and the thread that waits for t
 abort from another thread (`ncclCommAbort`): kernels end, with garbage, and the communicator is of no use any more.
 `EpochWatch` calls it. What vLLM has beside NCCL (custom all-reduce, symmetric memory, FlashInfer) has no such way out,
 and stays off.
+
+Forming a communicator cannot be called off: a newcomer that dies in the middle of it is noticed when `--leave-timeout`
+ends, and costs its peers.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -36,31 +40,51 @@ NO_WAY_OUT = {
     "VLLM_USE_NCCL_SYMM_MEM": "NCCL's symmetric memory",
 }
 FUSED_PASS = "fuse_allreduce_rms"  # compiles FlashInfer's all-reduce into the model
+ABORT_S = 6.0  # vLLM itself gives an abort 5 s
+_lock = threading.Lock()  # of `_formed`, and of who begins an abort
 _formed: weakref.WeakSet[AbandonableCudaCommunicator] = weakref.WeakSet()
 
 
 class AbandonableCudaCommunicator(CudaCommunicator):
     """vLLM's CUDA communicator, which can be left from another thread."""
 
+    pynccl_comm: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.abandoned = False
+        self._abort: threading.Thread | None = None
         super().__init__(*args, **kwargs)
-        _formed.add(self)
+        with _lock:
+            _formed.add(self)
 
     def abandon(self) -> None:
-        """Leave for good; from any thread, and again. Peers notice only by their own abort."""
-        if self.abandoned:
-            return
-        self.abandoned = True  # first: what the main thread calls next must not find another way
+        """Leave for good; from any thread, and again. Peers notice only by their own abort.
+
+        Returns at once: NCCL may hold the abort until the CUDA graphs that use the communicator are gone.
+        """
+        with _lock:
+            if self.abandoned:
+                return
+            # Before the abort: what the main thread calls next must not find another way.
+            self.abandoned = True
+            self._abort = threading.Thread(target=self._do_abort, name="ghostserve-abort", daemon=True)
+            self._abort.start()
+
+    def _do_abort(self) -> None:
+        # pynccl_comm stays where it is: without one, vLLM would turn to torch's own communicator.
         if self.pynccl_comm is not None:
-            self.pynccl_comm.destroy()  # ncclCommAbort in a thread, awaited for 5 s at most
+            self.pynccl_comm.destroy()  # ncclCommAbort
         try:
             dist.distributed_c10d._abort_process_group(self.device_group)
         except Exception as error:  # of no use any more, whatever it says
             logger.debug("while aborting a group: %s", error)
 
     def destroy(self) -> None:
+        """After the graphs were dropped. Waits for the abort, bounded."""
         self.abandon()
+        if self._abort is not None:
+            self._abort.join(timeout=ABORT_S)
+        self.pynccl_comm = None  # aborted once: a second time would free it twice
         super().destroy()
 
 
@@ -79,8 +103,10 @@ for _name in COLLECTIVES:
 
 
 def abandon_all() -> None:
-    """This process leaves every group that it is in."""
-    for communicator in list(_formed):
+    """This process leaves every group that it is in: all aborts begin, none is waited for."""
+    with _lock:
+        formed = list(_formed)
+    for communicator in formed:
         communicator.abandon()
 
 

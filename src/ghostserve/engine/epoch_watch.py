@@ -6,10 +6,13 @@ On a GPU a survivor's main thread waits for the device, the device in a collecti
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from ghostserve.arena.control import ControlPage
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.005
 
@@ -22,13 +25,15 @@ class EpochWatch:
         self._abandon = abandon
         self._poll_s = poll_s
         self._epoch: int | None = None
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ghostserve-epoch", daemon=True)
         self._thread.start()
 
     def groups_of(self, epoch: int) -> None:
         """Groups are about to be formed for this epoch: a later one ends them."""
-        self._epoch = epoch
+        with self._lock:
+            self._epoch = epoch
 
     def stop(self) -> None:
         """End the thread."""
@@ -37,8 +42,17 @@ class EpochWatch:
 
     def _run(self) -> None:
         while not self._stop.wait(self._poll_s):
-            epoch = self._epoch
-            if epoch is not None and self._page.epoch != epoch:
+            if not self._ended():
+                continue
+            try:
                 self._abandon()
-                if self._epoch == epoch:
-                    self._epoch = None
+            except Exception:  # the thread stays: the next groups need it, too
+                logger.exception("could not leave the groups of an epoch that has ended")
+
+    def _ended(self) -> bool:
+        """Whether the epoch of the groups has just ended; says so once."""
+        with self._lock:
+            ended = self._epoch is not None and self._page.epoch != self._epoch
+            if ended:
+                self._epoch = None
+        return ended

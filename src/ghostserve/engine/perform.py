@@ -16,7 +16,8 @@ from collections import deque
 from enum import Enum
 from typing import Any
 
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
 from ghostserve.arena.control import Counter, Mark, StampStatus
@@ -279,12 +280,12 @@ class Performer:
 
     def _restore(self, *, with_kv: bool) -> None:
         executor, every = self._executor, range(self._executor.world_size)
-        if self.lost:
+        if self.lost or self._graphs():  # graphs were dropped with the groups, also where nobody was lost
             message = JoinMessage(
                 newcomers=self.lost,
                 kv_cache_configs=executor.kv_cache_configs,
                 geometry=executor.session.guard.geometry,
-                warm_up=self._compiled(),
+                warm_up=bool(self.lost) and self._compiled(),
             )
             executor.ring.ask("ghost_join", message, ranks=every, timeout_s=self._config.restore_timeout)
         rebuild = Rebuild(executor, lost=self.lost, epoch=self.epoch)
@@ -298,6 +299,10 @@ class Performer:
         if self._report is not None:
             self._report.add(result)
         self._mark(Phase.KV if with_kv else Phase.STATE)
+
+    def _graphs(self) -> bool:
+        mode = self._executor.vllm_config.compilation_config.cudagraph_mode
+        return bool(current_platform.is_cuda() and mode != CUDAGraphMode.NONE)
 
     def _compiled(self) -> bool:
         return bool(self._executor.vllm_config.compilation_config.mode != CompilationMode.NONE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cuda import CudaPlatform
 
@@ -24,6 +24,12 @@ class GhostCudaPlatform(CudaPlatform):
         super().check_and_update_config(vllm_config)
         if off := switch_off_what_cannot_be_left(vllm_config):
             logger.info("off, for their kernels wait for a dead peer for ever: %s", ", ".join(off))
+
+    @classmethod
+    def new_graph_pool(cls) -> Any:
+        """Another pool for CUDA graphs, for this process from here on."""
+        cls._global_graph_pool = cls.graph_pool_handle()
+        return cls._global_graph_pool
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

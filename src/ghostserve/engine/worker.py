@@ -237,16 +237,16 @@ class GhostWorkerMixin:
             sleep_s(NEWCOMER_POLL_S)
 
     def ghost_join(self, message: JoinMessage) -> None:
-        """After the regroup: newcomers get their KV memory; in compiled mode all run one warm-up together."""
+        """After the regroup: newcomers get their KV memory; all warm up compiled code and capture graphs together."""
         newcomer = self.rank in message.newcomers
         with set_current_vllm_config(self.vllm_config):
             if newcomer:
                 self.get_kv_cache_spec()  # type: ignore[attr-defined]
             if message.warm_up and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
-                warm_up(self.model_runner)
+                warm_up(self.model_runner, v2=self.use_v2_model_runner)
             if newcomer:
                 self.initialize_from_config(message.kv_cache_configs[self.rank])
-            capture_graphs(self.model_runner)
+            capture_graphs(self.model_runner, v2=self.use_v2_model_runner)
         if newcomer and message.geometry is not None:
             self.ghost_layout()
             # Not ghost_map: its first record of random states would take the place of one that is needed now.

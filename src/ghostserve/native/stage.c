@@ -196,6 +196,9 @@ EXPORT size_t ghostserve_stage(const struct mirror *m, const uint32_t *pieces, s
     return count;
 }
 
+/* For the loader: what it allocates has to fit. */
+EXPORT size_t ghostserve_log_bytes(void) { return sizeof(struct log); }
+
 /* A log that a predecessor left: `slots` slots with this checksum. */
 EXPORT void ghostserve_seed(const struct mirror *m, uint64_t frame, uint32_t slots, uint32_t crc) {
     struct log *log = &m->logs[frame];

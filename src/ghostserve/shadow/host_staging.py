@@ -7,6 +7,7 @@ with eight streams the pieces of a step cost 0.6 ms that way, on every rank, and
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,8 +74,14 @@ class HostStaging:
         frame_bytes: int,
         rank: int,
     ) -> None:
-        """`kv`: the whole KV allocation, words as in `groups`. Raises OSError without the native library."""
+        """`kv`: the whole KV allocation, words as in `groups`.
+
+        Raises OSError without the native library, or where it is of another build or byte order.
+        """
         library = load().library
+        library.ghostserve_log_bytes.restype = ctypes.c_size_t
+        if sys.byteorder != "little" or library.ghostserve_log_bytes() != _LOG.itemsize:
+            raise OSError("the native library lays its logs out differently")
         self._stage = library.ghostserve_stage
         pointer, u32 = ctypes.c_void_p, ctypes.c_uint32
         self._stage.argtypes = [pointer, pointer, ctypes.c_size_t, u32, u32, pointer]
