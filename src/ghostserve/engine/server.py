@@ -137,12 +137,11 @@ def _use_our_parts(arguments: Namespace, config: GhostConfig) -> None:
 
 
 def _demand_our_platform() -> None:
-    """Stock collectives on a CPU spin for ever when a peer dies."""
-    from ghostserve.engine.platform_cpu import GhostCpuPlatform
-
-    if current_platform.is_cpu() and not isinstance(current_platform, GhostCpuPlatform):
+    """Stock collectives wait for ever for a peer that has died."""
+    if not type(current_platform).__module__.startswith("ghostserve."):
         raise UnsupportedError(
-            "vLLM did not load ghostserve's platform plugin: name ghostserve_cpu in VLLM_PLUGINS too, or unset it"
+            "vLLM did not load ghostserve's platform plugin, which exists for CPU and CUDA: name ghostserve_cpu in "
+            "VLLM_PLUGINS too, or unset it, or use --protection none"
         )
 
 
