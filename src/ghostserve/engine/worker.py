@@ -141,8 +141,8 @@ class GhostWorkerMixin:
         """Refuse what is of another epoch, or comes after a failed step. If the step raises: say so, and leave the
         groups, so that peers blocked on us leave too.
 
-        An error of its own goes on: vLLM logs and reports it. That takes 70 ms, which a rank that only follows a peer
-        does not spend: it answers StepLeft.
+        An error of its own goes on: vLLM logs it with a traceback and reports it. A rank that only follows a peer has
+        nothing to explain: it answers StepLeft.
         """
         if message.epoch != self._epoch:
             return StepLeft(reason=f"rank {self.rank}: a step of epoch {message.epoch}, now {self._epoch}")
