@@ -246,27 +246,21 @@ def test_titles_after_a_replacement(float32: Served) -> None:
         assert title.startswith(f"VLLM::Worker_TP{rank['rank']}"), title
 
 
-def test_a_replacement_that_dies_while_starting(float32: Served) -> None:
+@pytest.mark.parametrize("point", ["spawn", "weights"])
+def test_a_replacement_that_dies_while_starting(float32: Served, point: str) -> None:
     """The next one takes its place; survivors waiting for the first are not given up, nor is their KV."""
     ask = Ask(max_tokens=150)
     reference, before = float32.reference(ask), float32.recoveries()
-    killed: list[int] = []
-
-    def kill_twice() -> None:
-        for _ in range(2):
-            pid = int(float32.server.status()["ranks"][1]["pid"])
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-            float32.server.wait_status(
-                lambda status: status["ranks"][1]["pid"] != killed[-1], timeout_s=20, what="a replacement"
-            )
-
-    faulted = float32.run(ask, on_token=Hurt(70, kill_twice))
+    float32.arm(point=point, rank=1, action="kill")
+    hurt = Hurt(70, lambda: float32.kill(1))
+    faulted = float32.run(ask, on_token=hurt)
     assert_same(reference, faulted)
     report = float32.recovery(after=before)
     assert_rebuilt(report, sealed=True)
-    assert set(report["lost_ranks"]) == {1}
-    assert report["lost_pids"] == killed
+    assert report["lost_ranks"] == [1, 1]
+    assert report["lost_pids"][0] == hurt.answer["pid"]
+    assert len(set(report["lost_pids"])) == 2, "the replacement that died is not told"
+    assert float32.server.status()["ranks"][1]["pid"] not in report["lost_pids"]
 
 
 def test_a_fork_server_that_dies(float32: Served) -> None:

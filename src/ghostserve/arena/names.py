@@ -91,6 +91,15 @@ class FaultPoint(StrEnum):
     STAGED = "staged"
     BEFORE_REPLY = "before_reply"
     KEEPER_ENCODING = "keeper_encoding"  # in the keeper, with half of the parity written; rank 0
+    # During a recovery, by its phases: in a survivor, a newcomer, or both.
+    LEAVE = "leave"  # a survivor, told to leave the broken groups
+    SPAWN = "spawn"  # a newcomer that has just taken the rank
+    REGROUP = "regroup"  # either, about to form the groups anew
+    WEIGHTS = "weights"  # a newcomer, about to load its weights
+    STATE = "state"  # either, about to roll its requests back
+    EXPORT = "export"  # a survivor, about to share live KV
+    ADOPT = "adopt"  # a newcomer, about to take KV over
+    RETRY = "retry"  # either, about to run the first step of the new epoch
 
 
 class FaultAction(StrEnum):

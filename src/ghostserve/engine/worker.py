@@ -67,13 +67,16 @@ class GhostWorkerMixin:
     _shadow: RankShadow | None = None
     _epoch: int = 0
     _failed_at: tuple[int, int] | None = None
+    _rolled_back: bool = False  # no step was run since
     _kv_cache_config: Any = None
     _watch: EpochWatch | None = None
 
     def init_device(self) -> None:
         self._segments = fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=ARENA_TIMEOUT_S)
         self._page = ControlPage(self._segments["control"], lane=self.rank)
+        self._fault(FaultPoint.SPAWN)
         self._page.mark(self.rank, Mark.IMPORTS_DONE, monotonic_s())
+        self._fault(FaultPoint.REGROUP)
         if current_platform.is_cuda():
             self._watch = EpochWatch(self._page, abandon=abandon_groups)
             self._watch.groups_of(self._page.epoch)
@@ -81,6 +84,7 @@ class GhostWorkerMixin:
         self._page.mark(self.rank, Mark.GROUPS_READY, monotonic_s())
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        self._fault(FaultPoint.WEIGHTS)
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
             compat.load_compiled_graphs(self.model_runner)
@@ -105,6 +109,9 @@ class GhostWorkerMixin:
 
     def _run(self, message: StepMessage) -> Any:
         self._stamp(message, StampStatus.BEGUN)
+        if self._rolled_back:
+            self._rolled_back = False
+            self._fault(FaultPoint.RETRY)
         self._fault(FaultPoint.BEFORE_MODEL)
         output = self.execute_model(message.scheduler_output)  # type: ignore[attr-defined]
         self._fault(FaultPoint.AFTER_MODEL)
@@ -204,6 +211,7 @@ class GhostWorkerMixin:
 
     def ghost_leave(self) -> None:
         """Leave the groups, whether or not this rank has noticed that they are broken."""
+        self._fault(FaultPoint.LEAVE)
         self._leave_groups()
 
     def _leave_groups(self) -> None:
@@ -217,6 +225,7 @@ class GhostWorkerMixin:
         A rendezvous cannot be called off, so it starts when the newcomers are about to join it, and is short.
         """
         self._await_newcomers(message)
+        self._fault(FaultPoint.REGROUP)
         if self._watch is not None:
             self._watch.groups_of(message.epoch)
         form_groups(
@@ -260,12 +269,15 @@ class GhostWorkerMixin:
 
     def ghost_state(self, message: StateMessage) -> None:
         """Take on the request state before the failed step; steps of the new epoch are accepted again."""
+        self._fault(FaultPoint.STATE)
         self._requests.restore(self.model_runner, message)
         self._epoch = message.epoch
         self._failed_at = None
+        self._rolled_back = True
 
     def ghost_export(self, items: list[BlockRestore]) -> None:
         """A survivor's share of a decode."""
+        self._fault(FaultPoint.EXPORT)
         assert self._shadow is not None
         self._shadow.export(items)
 
@@ -273,6 +285,7 @@ class GhostWorkerMixin:
         """Restore a newcomer's KV; None on every other rank."""
         if self.rank != newcomer:
             return None
+        self._fault(FaultPoint.ADOPT)
         assert self._shadow is not None
         return self._shadow.adopt(items)
 
