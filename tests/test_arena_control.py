@@ -17,6 +17,7 @@ from ghostserve.arena.control import (
     LANE_KEEPER,
     RANKS_MAX,
     STATE_MAX_BYTES,
+    VERSION,
     ControlPage,
     Counter,
     Fault,
@@ -44,7 +45,7 @@ def segment() -> Iterator[Segment]:
 def test_only_a_formatted_page_of_this_version_is_taken(segment: Segment) -> None:
     ControlPage(segment)
     segment.array.view(np.uint64)[1] += 1
-    with pytest.raises(ProtocolError, match="version 2; 1 expected"):
+    with pytest.raises(ProtocolError, match=f"version {VERSION + 1}; {VERSION} expected"):
         ControlPage(segment)
     for size in (CONTROL_BYTES, 4096):
         blank = Segment.create("test", size)
