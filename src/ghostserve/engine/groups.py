@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
+import threading
 from typing import Any
 
 import torch.distributed as dist
@@ -40,6 +41,7 @@ def abandon_groups() -> None:
 def leave_groups() -> None:
     """Drop every process group. Peers blocked in a collective with us see that we left, and leave too."""
     abandon_groups()  # first: a peer that waits in one does not look at connections
+    closing = _process_groups()
     for destroy in (parallel_state.destroy_model_parallel, parallel_state.destroy_distributed_environment):
         try:
             destroy()
@@ -50,6 +52,21 @@ def leave_groups() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     parallel_state._group_name_counter.clear()
+    _close_behind(closing)
+
+
+def _process_groups() -> list[Any]:
+    """Every process group of this process that a coordinator of vLLM's holds, and the default one."""
+    coordinators = [getattr(parallel_state, name, None) for name in GROUP_GLOBALS]
+    groups = [getattr(found, kind, None) for found in coordinators for kind in ("cpu_group", "device_group")]
+    return [group for group in groups if group is not None] + (
+        [dist.group.WORLD] if dist.is_initialized() else []
+    )
+
+
+def _close_behind(groups: list[Any]) -> None:
+    """Let go of the last references in a thread: closing a gloo group joins its threads, 5 ms each."""
+    threading.Thread(target=groups.clear, daemon=True, name="ghostserve-closing").start()
 
 
 def form_groups(vllm_config: Any, *, rank: int, local_rank: int, init_method: str, timeout_s: float) -> None:

@@ -1,7 +1,7 @@
 """What vLLM leaves behind when its processes are killed: shared-memory segments and socket files.
 
-Every server has a run directory, named by the pid and start time of its front process. vLLM's sockets and our
-rendezvous files live in it; named segments are noted in it with their owner. It is removed at the server's end,
+Every server has a run directory, named by the pid and start time of its front process. vLLM's sockets
+live in it; named segments are noted in it with their owner. It is removed at the server's end,
 and swept at the next start by whoever finds its owner dead.
 """
 
@@ -135,19 +135,6 @@ class Leftovers:
         if self._directory is not None:
             with contextlib.suppress(OSError), (self._directory / _SEGMENTS).open("a") as notes:
                 notes.write(json.dumps({"name": name, "pid": pid, "start_time": _start_time(pid)}) + "\n")
-
-    def init_method(self) -> str:
-        """A rendezvous file in the run directory, for one formation of the groups."""
-        assert self._directory is not None, f"{RUN_DIRECTORY_ENV} is not set"
-        name = next(tempfile._get_candidate_names())  # type: ignore[attr-defined]
-        return f"file://{self._directory}/groups-{name}"
-
-    def forget_rendezvous(self, latest: str) -> None:
-        """Remove the rendezvous files of former groups."""
-        if self._directory is not None:
-            for file in self._directory.glob("groups-*"):
-                if not latest.endswith(f"/{file.name}"):
-                    file.unlink(missing_ok=True)
 
 
 def _mapped(pid: int) -> set[str]:

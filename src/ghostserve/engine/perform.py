@@ -211,8 +211,9 @@ class Performer:
                 f"the weights were changed in memory ({executor.weights_changed_by}): a replacement would not have "
                 "them; restart the server"
             )
+        executor.starter.meet()
         message = RegroupMessage(
-            init_method=executor.leftovers.init_method(),
+            init_method=executor.starter.meeting.url,
             epoch=self.epoch,
             newcomers=lost,
             start_timeout_s=timeout_s,
@@ -225,10 +226,7 @@ class Performer:
         ring.send("ghost_regroup", message, gone=lost)
         join_at = executor.rpc_broadcast_mq.current_idx
         started_s = monotonic_s()
-        unready = {
-            rank: executor.starter.start_rank(rank, message.init_method, join_at=join_at)
-            for rank in sorted(lost)
-        }
+        unready = {rank: executor.starter.start_rank(rank, join_at=join_at) for rank in sorted(lost)}
         for rank, handle in unready.items():  # from here on a fence finds them
             executor.workers[rank].proc = handle.proc
             executor.workers[rank].death_writer = handle.death_writer
@@ -237,7 +235,7 @@ class Performer:
         for rank in unready:
             self._shake_hands(rank, deadline_s=started_s + timeout_s)
         ring.collect(survivors, timeout_s=timeout_s)
-        executor.leftovers.forget_rendezvous(message.init_method)
+        executor.starter.meeting.close()
         executor.note_segments()
         self._mark_start(lost, started_s)
 

@@ -8,6 +8,7 @@ import vllm.v1.worker.cpu_model_runner
 import vllm.v1.worker.gpu_worker  # noqa: F401
 from vllm.platforms import current_platform
 
+import ghostserve.engine.rendezvous  # tells torch how ranks meet
 import ghostserve.engine.spawn
 import ghostserve.engine.worker  # noqa: F401
 

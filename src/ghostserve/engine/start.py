@@ -13,6 +13,7 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.utils.torch_utils import set_torch_threads_for_runtime
 from vllm.v1.executor.multiproc_executor import WorkerProc, set_multiprocessing_worker_envs
 
+from ghostserve.engine.rendezvous import Meeting
 from ghostserve.engine.settings import Settings
 from ghostserve.engine.spawn import WorkerStart, fork_server, start_worker
 
@@ -24,6 +25,7 @@ class Starter:
 
     def __init__(self, executor: Any, settings: Settings) -> None:
         self._executor = executor
+        self.meeting = Meeting(executor.world_size)
         self._omp = OMPProcessManager(executor.vllm_config)
         if cpus := self._cpus_of(0):
             os.environ["OMP_NUM_THREADS"] = str(len(cpus))
@@ -40,17 +42,16 @@ class Starter:
             max_chunk_bytes=envs.VLLM_MQ_MAX_CHUNK_BYTES_MB * 1024 * 1024,
         )
         executor.leftovers.note(executor.rpc_broadcast_mq.buffer.shared_memory.name)
-        init_method = executor.leftovers.init_method()
+        self.meet()
         unready: list[Any] = []
         try:
-            unready.extend(
-                self.start_rank(rank, init_method, join_at=None) for rank in range(executor.world_size)
-            )
+            unready.extend(self.start_rank(rank, join_at=None) for rank in range(executor.world_size))
             executor.workers = WorkerProc.wait_for_ready(unready)
             set_torch_threads_for_runtime()
             executor.response_mqs = [worker.worker_response_mq for worker in executor.workers]
             for queue in (executor.rpc_broadcast_mq, *executor.response_mqs):
                 shake_hands(queue, timeout_s=HANDSHAKE_S)
+            self.meeting.close()
         except BaseException:
             for handle in unready:
                 if handle.death_writer is not None:
@@ -59,7 +60,12 @@ class Starter:
             executor._ensure_worker_termination([handle.proc for handle in unready])
             raise
 
-    def start_rank(self, rank: int, init_method: str, *, join_at: int | None) -> Any:
+    def meet(self) -> None:
+        """A new place to form the groups; whoever still waits at an older one is called off."""
+        self.meeting.close()
+        self.meeting = Meeting(self._executor.world_size)
+
+    def start_rank(self, rank: int, *, join_at: int | None) -> Any:
         """Start a process for a rank; `join_at` where it is to enter the ring, None at the server's start."""
         executor = self._executor
         executor.session.page.clear_marks(rank)
@@ -69,7 +75,7 @@ class Starter:
                 vllm_config=executor.vllm_config if join_at is None else self._newcomers_config(rank),
                 rank=rank,
                 local_rank=rank,
-                init_method=init_method,
+                init_method=self.meeting.url,
                 input_shm_handle=executor.rpc_broadcast_mq.export_handle(),
                 shared_worker_lock=self._worker_lock,
                 is_driver_worker=executor._is_driver_worker(rank),
