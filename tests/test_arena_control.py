@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_every_item_has_its_own_place(segment: Segment) -> None:
         for mark in Mark:
             page.mark(rank, mark, 1.0 + rank + mark / 16)
     for rank in range(8):
-        page.arm_fault(point=FaultPoint.STAGED, rank=rank, action=FaultAction.HANG, skip=rank)
+        page.arm_fault(Fault(point=FaultPoint.STAGED, rank=rank, action=FaultAction.HANG, skip=rank))
     doc = {"text": "x" * (STATE_MAX_BYTES - 64)}
     page.write_state(doc)
     page.write_state(doc)
@@ -217,29 +218,31 @@ def test_a_reader_beside_a_busy_writer(segment: Segment) -> None:
 def test_a_fault_strikes_once_at_its_place(segment: Segment) -> None:
     front, rank = ControlPage(segment), ControlPage(segment)
     assert rank.take_fault(FaultPoint.STAGED, 1) is None
-    front.arm_fault(point=FaultPoint.STAGED, rank=1, action=FaultAction.KILL)
+    front.arm_fault(Fault(point=FaultPoint.STAGED, rank=1, action=FaultAction.KILL))
     assert rank.take_fault(FaultPoint.STAGED, 0) is None
     assert rank.take_fault(FaultPoint.BEFORE_MODEL, 1) is None
-    assert rank.take_fault(FaultPoint.STAGED, 1) is FaultAction.KILL
+    taken = rank.take_fault(FaultPoint.STAGED, 1)
+    assert taken is not None
+    assert taken.action is FaultAction.KILL
     assert rank.take_fault(FaultPoint.STAGED, 1) is None
     assert front.armed_faults() == []
 
 
 def test_a_fault_can_wait_for_its_turn(segment: Segment) -> None:
     page = ControlPage(segment)
-    page.arm_fault(point=FaultPoint.AFTER_MODEL, rank=0, action=FaultAction.RAISE, skip=2)
+    page.arm_fault(Fault(point=FaultPoint.AFTER_MODEL, rank=0, action=FaultAction.RAISE, skip=2))
     taken = [page.take_fault(FaultPoint.AFTER_MODEL, 0) for _ in range(5)]
-    assert taken == [None, None, FaultAction.RAISE, None, None]
+    assert [fault is not None for fault in taken] == [False, False, True, False, False]
 
 
 def test_several_faults_and_no_more_than_fit(segment: Segment) -> None:
     page = ControlPage(segment)
     for index in range(8):
-        assert page.arm_fault(point=FaultPoint.STAGED, rank=index, action=FaultAction.HANG) == index
+        assert page.arm_fault(Fault(point=FaultPoint.STAGED, rank=index, action=FaultAction.HANG)) == index
     with pytest.raises(BudgetExceeded, match="8 faults"):
-        page.arm_fault(point=FaultPoint.STAGED, rank=0, action=FaultAction.HANG)
-    assert page.take_fault(FaultPoint.STAGED, 3) is FaultAction.HANG
-    assert page.arm_fault(point=FaultPoint.BEFORE_REPLY, rank=0, action=FaultAction.KILL) == 3
+        page.arm_fault(Fault(point=FaultPoint.STAGED, rank=0, action=FaultAction.HANG))
+    assert page.take_fault(FaultPoint.STAGED, 3) is not None
+    assert page.arm_fault(Fault(point=FaultPoint.BEFORE_REPLY, rank=0, action=FaultAction.KILL)) == 3
     page.disarm_faults()
     assert page.armed_faults() == []
     assert page.take_fault(FaultPoint.STAGED, 0) is None
@@ -250,8 +253,8 @@ def test_a_fault_armed_later_is_seen_by_who_saw_none(segment: Segment) -> None:
     front, rank = ControlPage(segment), ControlPage(segment)
     for _ in range(3):
         assert rank.take_fault(FaultPoint.STAGED, 0) is None
-        front.arm_fault(point=FaultPoint.STAGED, rank=0, action=FaultAction.RAISE)
-        assert rank.take_fault(FaultPoint.STAGED, 0) is FaultAction.RAISE
+        front.arm_fault(Fault(point=FaultPoint.STAGED, rank=0, action=FaultAction.RAISE))
+        assert rank.take_fault(FaultPoint.STAGED, 0) is not None
         assert rank.take_fault(FaultPoint.STAGED, 0) is None
 
 
@@ -259,11 +262,28 @@ def test_every_fault_survives_the_page(segment: Segment) -> None:
     page = ControlPage(segment)
     for point in FaultPoint:
         for action in FaultAction:
-            page.arm_fault(point=point, rank=63, action=action, skip=1)
-            assert page.armed_faults() == [Fault(point=point, rank=63, action=action, skip=1)]
+            fault = Fault(point=point, rank=63, action=action, skip=1, argument=9, count=4)
+            page.arm_fault(fault)
+            assert page.armed_faults() == [fault]
             page.disarm_faults()
-    with pytest.raises(UsageError, match="rank -1"):
-        page.arm_fault(point=FaultPoint.STAGED, rank=-1, action=FaultAction.KILL)
+
+
+@pytest.mark.parametrize("name", ["rank", "skip", "argument", "count"])
+def test_a_negative_number_is_named(segment: Segment, name: str) -> None:
+    fault = Fault(point=FaultPoint.STAGED, rank=0, action=FaultAction.KILL)
+    with pytest.raises(UsageError, match=f"{name} -1"):
+        ControlPage(segment).arm_fault(replace(fault, **{name: -1}))
+
+
+@pytest.mark.parametrize(("count", "struck"), [(1, 1), (3, 3), (0, 5)])
+def test_a_fault_strikes_as_often_as_told(segment: Segment, count: int, struck: int) -> None:
+    """And each strike is counted, by a process that counts."""
+    page = ControlPage(segment, lane=0)
+    page.arm_fault(Fault(point=FaultPoint.STAGED, rank=0, action=FaultAction.SLOW, argument=7, count=count))
+    taken = [page.take_fault(FaultPoint.STAGED, 0) for _ in range(5)]
+    assert [fault.argument for fault in taken if fault is not None] == [7] * struck
+    assert bool(page.armed_faults()) is (count == 0)
+    assert page.get(Counter.FAULTS_STRUCK_TOTAL) == struck
 
 
 def test_the_page_is_shared(segment: Segment) -> None:

@@ -24,6 +24,7 @@ from ghostserve.arena.control import (
     LANE_FRONT,
     ControlPage,
     Counter,
+    Fault,
     FaultAction,
     FaultPoint,
 )
@@ -132,7 +133,7 @@ def server(
 
 def arm(supervisor: KeeperSupervisor, action: FaultAction, times: int = 1) -> None:
     for _ in range(times):
-        supervisor.control.arm_fault(point=FaultPoint.KEEPER_ENCODING, rank=0, action=action)
+        supervisor.control.arm_fault(Fault(point=FaultPoint.KEEPER_ENCODING, rank=0, action=action))
 
 
 def alive(pid: int) -> bool:

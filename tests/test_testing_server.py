@@ -105,7 +105,9 @@ def test_faults_and_switches(server: ServerProcess) -> None:
     server.arm_fault(point="staged", rank=0, action="kill", skip=2)
     server.set_switch("debug_copy", True)
     status = server.status()
-    assert status["armed_faults"] == [{"point": "staged", "rank": 0, "action": "kill", "skip": 2}]
+    assert status["armed_faults"] == [
+        {"point": "staged", "rank": 0, "action": "kill", "skip": 2, "argument": 0, "count": 1}
+    ]
     assert status["switches"]["debug_copy"] is True
     server.admin.disarm_faults()
     server.set_switch("debug_copy", False)

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ghostserve.arena.control import ControlPage
-from ghostserve.arena.names import FaultAction, FaultPoint, Switch
+from ghostserve.arena.names import Fault, FaultAction, FaultPoint, Switch
 from ghostserve.cli.serve import mount
 from ghostserve.config import GhostConfig
 from ghostserve.errors import BudgetExceeded, UsageError
@@ -240,9 +240,9 @@ def test_a_key_holder_comes_from_anywhere(connect: Connect) -> None:
 
 def test_faults_are_armed_and_disarmed(connect: Connect, engine: FakeEngine) -> None:
     client = connect()
-    fault = {"point": "staged", "rank": 1, "action": "kill", "skip": 3}
+    fault = {"point": "staged", "rank": 1, "action": "slow", "skip": 3, "argument": 5, "count": 20}
     assert client.post("/ghostserve/faults", json=fault).json() == {"armed": fault}
-    assert (engine.faults[0].point, engine.faults[0].action) == (FaultPoint.STAGED, FaultAction.KILL)
+    assert (engine.faults[0].point, engine.faults[0].action) == (FaultPoint.STAGED, FaultAction.SLOW)
     assert client.get("/ghostserve/status").json()["armed_faults"] == [fault]
     client.delete("/ghostserve/faults")
     assert client.get("/ghostserve/status").json()["armed_faults"] == []
@@ -258,6 +258,8 @@ def test_faults_are_armed_and_disarmed(connect: Connect, engine: FakeEngine) -> 
         ({"skip": -1}, "from 0"),
         ({"skip": 1 << 64}, "from 0"),
         ({"skip": True}, "whole number"),
+        ({"argument": "2"}, "'argument' must be a whole number"),
+        ({"count": -1}, "'count' must be a whole number from 0"),
         ({"unknown": 1}, "'unknown'"),
     ],
 )
@@ -272,7 +274,7 @@ def test_a_bad_fault_is_unprocessable(
 
 
 def test_a_full_table_is_a_conflict(connect: Connect, engine: FakeEngine) -> None:
-    def full(**_fault: object) -> int:
+    def full(fault: Fault) -> int:
         raise BudgetExceeded("8 faults are armed already")
 
     engine.arm_fault = full  # type: ignore[method-assign]

@@ -159,8 +159,8 @@ class Served:
         """SIGKILL a rank's process now (no look around first: the stream goes on meanwhile)."""
         return self.server.admin.kill_rank(rank)
 
-    def arm(self, *, point: str, rank: int, action: str, skip: int = 0) -> None:
-        self.server.admin.arm_fault(point=point, rank=rank, action=action, skip=skip)
+    def arm(self, *, point: str, rank: int, action: str, **more: int) -> None:
+        self.server.admin.arm_fault(point=point, rank=rank, action=action, **more)
 
     def settle(self) -> dict[str, Any]:
         """Serving, everything sealed is coded, nothing runs."""

@@ -39,7 +39,7 @@ RANKS_MAX = 64
 STATE_MAX_BYTES = 96 << 10
 LANE_FRONT, LANE_ENGINE, LANE_KEEPER = range(RANKS_MAX, RANKS_MAX + 3)  # lanes below are the ranks'
 
-VERSION = 2
+VERSION = 3
 _MAGIC = int.from_bytes(b"ghostsrv", "little")
 _MASK = (1 << 64) - 1
 _MAGIC_WORD, _VERSION_WORD, _EPOCH_WORD, _KEEPER_PID_WORD, _KEEPER_OFF_WORD = range(5)
@@ -189,13 +189,16 @@ class ControlPage:
 
     # -- faults ----------------------------------------------------------------------------------------
 
-    def arm_fault(self, *, point: FaultPoint, rank: int, action: FaultAction, skip: int = 0) -> int:
+    def arm_fault(self, fault: Fault) -> int:
         """Arm a fault (front process only) and return its entry; see `FaultTable`."""
-        return self._faults.arm(Fault(point=point, rank=rank, action=action, skip=skip))
+        return self._faults.arm(fault)
 
-    def take_fault(self, point: FaultPoint, rank: int) -> FaultAction | None:
-        """What the caller has to do to itself here, if anything."""
-        return self._faults.take(point, rank)
+    def take_fault(self, point: FaultPoint, rank: int) -> Fault | None:
+        """What the caller has to do to itself here, if anything; counted as having struck."""
+        fault = self._faults.take(point, rank)
+        if fault is not None and self._lane is not None:
+            self.add(Counter.FAULTS_STRUCK_TOTAL)
+        return fault
 
     def disarm_faults(self) -> None:
         self._faults.disarm()

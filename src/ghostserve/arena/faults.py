@@ -1,6 +1,7 @@
-"""Faults that are armed from outside while a server runs, and strike once.
+"""Faults that are armed from outside while a server runs, and strike a given number of times.
 
-    word 0: generation, raised by each arming     then 8 entries: | state | point | rank | action | skip |
+    word 0: generation, raised by each arming
+    then 8 entries: | state | point | rank | action | skip | argument | count |
 
 An entry has one writer at a time: while it is free the process that arms (there is one, the front), while it
 is armed the process that it names. So no lock between processes is needed.
@@ -16,7 +17,7 @@ from ghostserve.errors import BudgetExceeded, UsageError
 
 FAULTS_MAX = 8
 _ENTRY_WORDS = 8
-_STATE, _POINT, _RANK, _ACTION, _SKIP = range(5)
+_STATE, _POINT, _RANK, _ACTION, _SKIP, _ARGUMENT, _COUNT = range(7)
 _FREE, _ARMED = 0, 1
 _POINTS = tuple(FaultPoint)
 _ACTIONS = tuple(FaultAction)
@@ -34,9 +35,10 @@ class FaultTable:
         self._lock = threading.Lock()
 
     def arm(self, fault: Fault) -> int:
-        """Arm a fault and return its entry. BudgetExceeded if all are taken."""
-        if fault.rank < 0 or fault.skip < 0:
-            raise UsageError(f"rank {fault.rank}, skip {fault.skip}: neither may be negative")
+        """Arm a fault and return its entry. BudgetExceeded if all are taken, UsageError for a negative number."""
+        for name in ("rank", "skip", "argument", "count"):
+            if getattr(fault, name) < 0:
+                raise UsageError(f"{name} {getattr(fault, name)}: must not be negative")
         with self._lock:
             for index, base in enumerate(_bases()):
                 if self._words[base + _STATE] != _FREE:
@@ -45,14 +47,18 @@ class FaultTable:
                 self._words[base + _RANK] = fault.rank
                 self._words[base + _ACTION] = _ACTIONS.index(fault.action)
                 self._words[base + _SKIP] = fault.skip
+                self._words[base + _ARGUMENT] = fault.argument
+                self._words[base + _COUNT] = fault.count
                 fence()
                 self._words[base + _STATE] = _ARMED
                 self._words[0] += 1
                 return index
-        raise BudgetExceeded(f"{FAULTS_MAX} faults are armed already")
+        raise BudgetExceeded(
+            f"{FAULTS_MAX} faults are armed already; disarm them, or wait until one has struck"
+        )
 
-    def take(self, point: FaultPoint, rank: int) -> FaultAction | None:
-        """What strikes here and now; it will not strike again. One read where nothing is armed."""
+    def take(self, point: FaultPoint, rank: int) -> Fault | None:
+        """What strikes here and now, as it was before it struck. One read where nothing is armed."""
         generation = self._words[0]
         if generation == self._none_armed_at:
             return None
@@ -66,9 +72,12 @@ class FaultTable:
             if self._words[base + _SKIP]:
                 self._words[base + _SKIP] -= 1
                 continue
-            action = _ACTIONS[self._words[base + _ACTION]]
-            self._words[base + _STATE] = _FREE
-            return action
+            fault = self._at(base)
+            if fault.count == 1:
+                self._words[base + _STATE] = _FREE
+            elif fault.count:
+                self._words[base + _COUNT] -= 1
+            return fault
         if not armed:
             self._none_armed_at = generation
         return None
@@ -81,16 +90,17 @@ class FaultTable:
 
     def armed(self) -> list[Fault]:
         """What is armed now."""
-        return [
-            Fault(
-                point=_POINTS[self._words[base + _POINT]],
-                rank=self._words[base + _RANK],
-                action=_ACTIONS[self._words[base + _ACTION]],
-                skip=self._words[base + _SKIP],
-            )
-            for base in _bases()
-            if self._words[base + _STATE] == _ARMED
-        ]
+        return [self._at(base) for base in _bases() if self._words[base + _STATE] == _ARMED]
+
+    def _at(self, base: int) -> Fault:
+        return Fault(
+            point=_POINTS[self._words[base + _POINT]],
+            rank=self._words[base + _RANK],
+            action=_ACTIONS[self._words[base + _ACTION]],
+            skip=self._words[base + _SKIP],
+            argument=self._words[base + _ARGUMENT],
+            count=self._words[base + _COUNT],
+        )
 
 
 def _bases() -> range:

@@ -37,6 +37,7 @@ class Counter(IntEnum):
     BLOCKS_COMPARED_TOTAL = auto()  # restored blocks compared with the debug copy of what was lost
     BLOCKS_DIFFERENT_TOTAL = auto()
     REQUESTS_OPEN = auto()  # known to the scheduler: waiting or running
+    FAULTS_STRUCK_TOTAL = auto()  # injected faults that were armed and have struck
 
 
 class Switch(IntEnum):
@@ -85,10 +86,10 @@ class FaultPoint(StrEnum):
     """Where a fault can strike."""
 
     BEFORE_MODEL = "before_model"
-    AFTER_MODEL = "after_model"
+    AFTER_MODEL = "after_model"  # the forward has run, nothing of it is mirrored
     BEFORE_SAMPLE = "before_sample"
     AFTER_SAMPLE = "after_sample"
-    STAGED = "staged"
+    STAGED = "staged"  # what the step wrote is mirrored; a step that wrote nothing does not come by
     BEFORE_REPLY = "before_reply"
     KEEPER_ENCODING = "keeper_encoding"  # in the keeper, with half of the parity written; rank 0
     # During a recovery, by its phases: in a survivor, a newcomer, or both.
@@ -100,6 +101,7 @@ class FaultPoint(StrEnum):
     EXPORT = "export"  # a survivor, about to share live KV
     ADOPT = "adopt"  # a newcomer, about to take KV over
     RETRY = "retry"  # either, about to run the first step of the new epoch
+    PLANNING = "planning"  # in the engine core, about to plan what a step mirrors; rank 0
 
 
 class FaultAction(StrEnum):
@@ -107,18 +109,28 @@ class FaultAction(StrEnum):
 
     KILL = "kill"  # SIGKILL to itself
     RAISE = "raise"  # an exception
-    HANG = "hang"  # nothing more is done, for ever
+    HANG = "hang"  # SIGSTOP to itself: no thread of it runs any more
     CORRUPT_PARITY = (
         "corrupt_parity"  # of all parity shards but the last (or of the only one), after the checksum
     )
     CORRUPT_MIRROR = "corrupt_mirror"  # a byte of a mirror is flipped once its checksum is taken
+    CORRUPT_KV = "corrupt_kv"  # the sign bits of a block that the step wrote to are flipped in this rank's KV
+    SEGFAULT = "segfault"  # a read of address 0
+    SPIN = "spin"  # the interpreter's lock is held and never given back
+    BLOCKED = "blocked"  # this rank enters a collective that no other enters
+    SLOW = "slow"  # the step takes `argument` times as long
+    OOM = "oom"  # the kernel kills it for using more than its memory cgroup has
+    FAIL_STAGING = "fail_staging"  # the arena refuses what the step would mirror on this rank
+    TAKE_FRAMES = "take_frames"  # no frame of the pool is free while the step is planned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """An armed fault: at `point` of `rank`, after it was passed `skip` times."""
+    """An armed fault: at `point` of `rank`, after it was passed `skip` times, at `count` passings in a row."""
 
     point: FaultPoint
     rank: int
     action: FaultAction
-    skip: int
+    skip: int = 0
+    argument: int = 0  # SLOW: how many times slower
+    count: int = 1  # 0: each time, until it is disarmed

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ghostserve.arena.control import ControlPage, Counter, Switch
+from ghostserve.arena.control import ControlPage, Counter, FaultAction, Switch
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.staging import StagingArea
 from ghostserve.codec.base import Bytes, Codec
@@ -228,12 +228,23 @@ class RankShadow:
 
     # -- faults and proof ------------------------------------------------------------------------------
 
-    def corrupt(self, pieces: PackedPieces) -> None:
-        """Flip a byte of what this step mirrored; an injected fault."""
-        if self._mirror is not None and pieces:
-            piece = pieces.of_rank(self._rank)[0]
-            at = piece.start * self._mirror.slot_bytes(piece.group)
-            self._mirror.frame(piece.frame)[at] ^= 0xFF
+    def corrupt(self, action: FaultAction, pieces: PackedPieces) -> None:
+        """An injected fault: flip bits of what this step wrote, in its mirror or in live KV.
+
+        It strikes the first block that the step made whole, or else the first one that it wrote to.
+        """
+        mirror = self._mirror
+        if mirror is None:
+            return
+        written = pieces.of_rank(self._rank)
+        piece = next((p for p in written if p.stop == mirror.groups[p.group].block_size), written[0])
+        if action is FaultAction.CORRUPT_MIRROR:
+            mirror.frame(piece.frame)[piece.start * mirror.slot_bytes(piece.group)] ^= 0xFF
+        elif action is FaultAction.CORRUPT_KV:
+            mirror.flip_signs(block=piece.block, group=piece.group, slots=piece.stop)
+            logger.warning(
+                "rank %d: injected, %d slots of block %d are corrupt", self._rank, piece.stop, piece.block
+            )
 
     def _debug_view(self) -> torch.Tensor:
         """This rank's part of the debug segment, as words like the KV memory."""

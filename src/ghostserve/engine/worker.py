@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from ghostserve.arena.control import ControlPage, FaultAction, FaultPoint, Mark, StampStatus, Switch
+from ghostserve.arena.control import ControlPage, Fault, FaultPoint, Mark, StampStatus, Switch
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import compat, faults, runner_v1, runner_v2
@@ -113,13 +113,16 @@ class GhostWorkerMixin:
             self._rolled_back = False
             self._fault(FaultPoint.RETRY)
         self._fault(FaultPoint.BEFORE_MODEL)
+        began_s = monotonic_s()
         output = self.execute_model(message.scheduler_output)  # type: ignore[attr-defined]
-        self._fault(FaultPoint.AFTER_MODEL)
+        pieces = message.pieces
+        if fault := self._fault(FaultPoint.AFTER_MODEL):
+            pieces = faults.after_model(fault, pieces, took_s=monotonic_s() - began_s)
         if self._shadow is not None:
-            self._shadow.stage(epoch=message.epoch, step=message.step, pieces=message.pieces)
+            self._shadow.stage(epoch=message.epoch, step=message.step, pieces=pieces)
         self._stamp(message, StampStatus.STAGED)
-        if self._fault(FaultPoint.STAGED) is FaultAction.CORRUPT_MIRROR and self._shadow is not None:
-            self._shadow.corrupt(message.pieces)
+        if message.pieces and (fault := self._fault(FaultPoint.STAGED)) and self._shadow is not None:
+            self._shadow.corrupt(fault.action, message.pieces)
         if output is not None:
             self._finish(message)
             return output
@@ -177,7 +180,7 @@ class GhostWorkerMixin:
             self.rank, epoch=message.epoch, step=message.step, status=status, now_s=monotonic_s()
         )
 
-    def _fault(self, point: FaultPoint) -> FaultAction | None:
+    def _fault(self, point: FaultPoint) -> Fault | None:
         return faults.hit(self._page, point, self.rank)
 
     # -- the arena -------------------------------------------------------------------------------------

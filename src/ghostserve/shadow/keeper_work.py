@@ -13,7 +13,6 @@ import zlib
 
 from ghostserve.arena.control import ControlPage, Counter, FaultAction, FaultPoint
 from ghostserve.arena.memfd import Segment
-from ghostserve.clock import sleep_s
 from ghostserve.codec.base import Bytes, Codec
 from ghostserve.codec.choose import host_codec
 from ghostserve.errors import GhostserveError, ProtocolError
@@ -66,7 +65,8 @@ class KeeperWork:
 
     def _encode(self, job: EncodeJob) -> EncodeDone:
         mirrors, parity, codec = self._stripe(job)
-        fault = self._control.take_fault(FaultPoint.KEEPER_ENCODING, KEEPER_RANK)
+        taken = self._control.take_fault(FaultPoint.KEEPER_ENCODING, KEEPER_RANK)
+        fault = None if taken is None else taken.action
         if fault is FaultAction.CORRUPT_MIRROR:
             mirrors[0][0] ^= 1
         bad = tuple(
@@ -150,8 +150,7 @@ def _strike(fault: FaultAction | None) -> None:
         case FaultAction.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         case FaultAction.HANG:
-            while True:
-                sleep_s(1.0)
+            os.kill(os.getpid(), signal.SIGSTOP)
         case FaultAction.RAISE:
             raise GhostserveError("a fault was armed")
         case _:

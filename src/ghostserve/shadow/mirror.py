@@ -142,6 +142,11 @@ class Mirror:
         index = self._index(block, group, start, stop)
         other[index] = self.kv[index].to(other.device)
 
+    def flip_signs(self, *, block: int, group: int, slots: int) -> None:
+        """Flip the highest bit of every word of the first `slots` slots; an injected fault."""
+        index = self._index(block, group, 0, slots)
+        self.kv[index] ^= torch.iinfo(self.kv.dtype).min
+
     def _frame(self, frame: int) -> npt.NDArray[np.uint8]:
         return self.frames[frame * self.frame_bytes : (frame + 1) * self.frame_bytes]
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ghostserve.arena.names import Counter, Fault, FaultAction, FaultPoint, Switch
+from ghostserve.arena.names import Counter, Fault, Switch
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.types import Phase
 from ghostserve.web.processes import read_start_time_ticks
@@ -115,8 +115,8 @@ class FakeEngine:
         values = {Counter.KV_BYTES_PROTECTED: 2 * blocks * FRAME_BYTES, Counter.STEPS_TOTAL: self.tokens}
         return {counter.name.lower(): values.get(counter, 0) for counter in Counter}
 
-    def arm_fault(self, *, point: FaultPoint, rank: int, action: FaultAction, skip: int = 0) -> int:
-        self.faults.append(Fault(point=point, rank=rank, action=action, skip=skip))
+    def arm_fault(self, fault: Fault) -> int:
+        self.faults.append(fault)
         return len(self.faults) - 1
 
     def disarm_faults(self) -> None:

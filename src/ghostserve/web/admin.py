@@ -64,9 +64,18 @@ class AdminClient:
         """SIGKILL the worker of this rank; the answer names the pid."""
         return self._ask("POST", "/ghostserve/kill", {"rank": rank})
 
-    def arm_fault(self, *, point: str, rank: int, action: str, skip: int = 0) -> None:
-        """Have a rank suffer `action` once it has passed `point` `skip` times; names as in `arena.names`."""
-        body = {"point": point, "rank": rank, "action": action, "skip": skip}
+    def arm_fault(
+        self, *, point: str, rank: int, action: str, skip: int = 0, argument: int = 0, count: int = 1
+    ) -> None:
+        """Have a rank suffer `action` at `point`; names and numbers as in `arena.names.Fault`."""
+        body = {
+            "point": point,
+            "rank": rank,
+            "action": action,
+            "skip": skip,
+            "argument": argument,
+            "count": count,
+        }
         self._ask("POST", "/ghostserve/faults", body)
 
     def disarm_faults(self) -> None:

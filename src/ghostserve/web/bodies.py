@@ -51,6 +51,13 @@ def _whole(body: Mapping[str, Any], name: str, default: int | None = None) -> in
     return value
 
 
+def _from_zero(body: Mapping[str, Any], name: str, default: int) -> int:
+    value = _whole(body, name, default)
+    if not 0 <= value < 1 << 63:
+        raise UsageError(f"{name!r} must be a whole number from 0 on")
+    return value
+
+
 def _one_of(body: Mapping[str, Any], name: str, choices: type[E]) -> E:
     try:
         return choices(body.get(name))
@@ -73,16 +80,17 @@ def parse_kill(body: Mapping[str, Any], *, ranks_total: int) -> int:
 
 
 def parse_fault(body: Mapping[str, Any], *, ranks_total: int) -> Fault:
-    """The fault of `{"point", "rank", "action", "skip"}`; `skip` defaults to 0. Raises UsageError."""
-    _only(body, "point", "rank", "action", "skip")
-    skip = _whole(body, "skip", 0)
-    if not 0 <= skip < 1 << 63:
-        raise UsageError("'skip' must be a whole number from 0 on")
+    """The fault of `{"point", "rank", "action", "skip", "argument", "count"}`; the last three default to 0, 0
+    and 1. Raises UsageError.
+    """
+    _only(body, "point", "rank", "action", "skip", "argument", "count")
     return Fault(
         point=_one_of(body, "point", FaultPoint),
         rank=_rank_in(body, ranks_total),
         action=_one_of(body, "action", FaultAction),
-        skip=skip,
+        skip=_from_zero(body, "skip", 0),
+        argument=_from_zero(body, "argument", 0),
+        count=_from_zero(body, "count", 1),
     )
 
 

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response, params
 
-from ghostserve.arena.names import Fault, FaultAction, FaultPoint, Switch
+from ghostserve.arena.names import Fault, Switch
 from ghostserve.errors import BudgetExceeded, UsageError
 from ghostserve.types import RankState
 from ghostserve.web.bodies import parse_fault, parse_kill, parse_switches, read_object
@@ -54,10 +54,8 @@ class Page(Protocol):
     def counters(self) -> Mapping[str, int]:
         """The live counters by name."""
 
-    def arm_fault(self, *, point: FaultPoint, rank: int, action: FaultAction, skip: int = 0) -> int:
-        """Have `rank` suffer `action` once it has passed `point` `skip` times; raises BudgetExceeded if
-        full.
-        """
+    def arm_fault(self, fault: Fault) -> int:
+        """Have a rank suffer it; raises BudgetExceeded if full."""
 
     def disarm_faults(self) -> None:
         """Forget all armed faults."""
@@ -133,6 +131,8 @@ def _fault_as_dict(fault: Fault) -> dict[str, Any]:
         "rank": fault.rank,
         "action": fault.action.value,
         "skip": fault.skip,
+        "argument": fault.argument,
+        "count": fault.count,
     }
 
 
@@ -181,7 +181,7 @@ def _add_injection(router: APIRouter, page: Page, *, dependencies: Sequence[para
         ranks_total = len(_state_of(page)["ranks"])
         with _our_errors_as_http():
             fault = parse_fault(await read_object(request), ranks_total=ranks_total)
-            page.arm_fault(point=fault.point, rank=fault.rank, action=fault.action, skip=fault.skip)
+            page.arm_fault(fault)
         return {"armed": _fault_as_dict(fault)}
 
     @router.delete("/ghostserve/faults", dependencies=dependencies)
