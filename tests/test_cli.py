@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 import ghostserve
-from ghostserve.cli import arguments, platform_check, status
+from ghostserve.arena.fault_kinds import FaultKind
+from ghostserve.cli import arguments, kill, platform_check, status
 from ghostserve.cli import main as cli
 from ghostserve.cli.platform_check import PlatformFacts, unsupported
 from ghostserve.cli.units import bytes_text, count_text, milliseconds_text
@@ -103,6 +104,9 @@ def test_help_is_asked_for_and_given(capsys: pytest.CaptureFixture[str], argv: l
         (["kil"], "did you mean 'kill'?"),
         (["kill"], "--rank"),
         (["kill", "--rank", "one"], "invalid int"),
+        (["kill", "--rank", "0", "--how", "tickle"], "invalid choice"),
+        (["kill", "--how", "client_gone"], "invalid choice"),
+        (["kill", "--how", "slow"], "name it with --rank"),
         (["status", "--ulr", "x"], "--ulr"),
         (["status", "--url", "localhost:8000"], "not a URL"),
         (["status", "--url", "http://[::1"], "not a URL"),
@@ -275,6 +279,34 @@ def test_status_is_readable() -> None:
     assert "bound 256.0 KiB <= 512.0 KiB: holds" in text
     unbound = before | {"shadow": before["shadow"] | {"bound_holds": False}}
     assert "DOES NOT HOLD" in status.render(unbound)
+
+
+@pytest.mark.parametrize(
+    ("how", "answer", "said"),
+    [
+        ("crash", {"rank": 1, "pid": 7}, "rank 1 was killed: SIGKILL to process 7"),
+        ("hang", {"rank": 1, "pid": 7, "strikes": "now"}, "rank 1 (process 7) is stopped by SIGSTOP: now"),
+        (
+            "keeper_crash",
+            {"rank": None, "pid": 7, "strikes": "now"},
+            "the keeper (process 7) ends by SIGKILL: now",
+        ),
+        (
+            "memory_exhausted",
+            {"rank": None, "pid": None, "strikes": "in the next step"},
+            "the engine finds no free frame in the arena: in the next step",
+        ),
+    ],
+)
+def test_what_kill_says(how: str, answer: dict[str, object], said: str) -> None:
+    assert kill.sentence({"how": how, **answer}) == said
+
+
+def test_kill_help_tells_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kill", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for kind in FaultKind:
+        assert (f"{kind.value}: " in text) is (kind is not FaultKind.CLIENT_GONE), kind
 
 
 def test_numbers_for_people() -> None:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import signal
+import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import psutil
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ghostserve.arena.control import ControlPage
+from ghostserve.arena.memory_group import MemoryGroup
 from ghostserve.arena.names import Fault, FaultAction, FaultPoint, Switch
 from ghostserve.cli.serve import mount
+from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.config import GhostConfig
-from ghostserve.errors import BudgetExceeded, UsageError
+from ghostserve.errors import BudgetExceeded, UnsupportedError, UsageError
 from ghostserve.testing.fake_engine import FakeEngine
 from ghostserve.testing.fake_server import build_app
 from ghostserve.web.bodies import BODY_BYTES_MAX
@@ -76,9 +81,103 @@ def test_status_before_the_first_document(connect: Connect, engine: FakeEngine) 
 def test_kill_kills_that_worker_and_no_other(connect: Connect, engine: FakeEngine) -> None:
     answer = connect().post("/ghostserve/kill", json={"rank": 1})
     assert answer.status_code == 200
-    assert answer.json() == {"rank": 1, "pid": engine.workers[1].pid, "epoch": 0, "killed": True}
+    assert answer.json() == {
+        "how": "crash",
+        "rank": 1,
+        "pid": engine.workers[1].pid,
+        "epoch": 0,
+        "killed": True,
+        "strikes": "now",
+    }
     assert engine.workers[1].wait(timeout=10) == -9
     assert engine.workers[0].poll() is None
+
+
+def test_a_hang_stops_exactly_that_worker(connect: Connect, engine: FakeEngine) -> None:
+    answer = connect().post("/ghostserve/kill", json={"rank": 1, "how": "hang"}).json()
+    assert (answer["killed"], answer["pid"]) == (False, engine.workers[1].pid)
+    pids = [worker.pid for worker in engine.workers]
+    deadline_s = monotonic_s() + 10
+    while psutil.Process(pids[1]).status() != psutil.STATUS_STOPPED:
+        assert monotonic_s() < deadline_s
+        sleep_s(0.01)
+    assert psutil.Process(pids[0]).status() != psutil.STATUS_STOPPED
+
+
+def test_what_has_no_signal_strikes_in_the_next_step(connect: Connect, engine: FakeEngine) -> None:
+    client = connect()
+    answer = client.post("/ghostserve/kill", json={"rank": 1, "how": "slow", "factor": 7, "steps": 9})
+    assert answer.json()["strikes"] == "in the next step"
+    assert client.post("/ghostserve/kill", json={"rank": 0, "how": "corrupt"}).json()["how"] == "corrupt_kv"
+    assert client.post("/ghostserve/kill", json={"how": "memory_exhausted"}).json()["pid"] is None
+    assert engine.faults == [
+        Fault(point=FaultPoint.AFTER_MODEL, rank=1, action=FaultAction.SLOW, argument=7, count=9),
+        Fault(point=FaultPoint.STAGED, rank=0, action=FaultAction.CORRUPT_KV),
+        Fault(point=FaultPoint.PLANNING, rank=0, action=FaultAction.TAKE_FRAMES, count=20),
+    ]
+
+
+def test_keeper_and_standby_are_those_of_the_state(
+    connect: Connect, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, standby = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    try:
+        state = engine.read_state() or {}
+        state |= {"keeper": {"pid": keeper.pid}, "standbys": [{"pid": standby.pid, "state": "ready"}]}
+        monkeypatch.setattr(engine, "read_state", lambda: state)
+        client = connect()
+        for how, process in (("keeper_crash", keeper), ("standby_dead", standby)):
+            assert client.post("/ghostserve/kill", json={"how": how}).json()["pid"] == process.pid
+            assert process.wait(timeout=10) == -signal.SIGKILL
+            again = client.post("/ghostserve/kill", json={"how": how})
+            assert again.status_code == 409, again.text
+    finally:
+        for process in (keeper, standby):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"rank": 0, "how": "tickle"}, 422, "crash, segfault"),
+        ({"rank": 0, "how": ["crash"]}, 422, "does not exist"),
+        ({"how": "hang"}, 422, "'rank'"),
+        ({"rank": 0, "how": "keeper_crash"}, 422, "leave 'rank' out"),
+        ({"rank": 0, "how": "crash", "factor": 3}, 422, "leave it out"),
+        ({"rank": 0, "how": "slow", "factor": 1}, 422, "from 2"),
+        ({"rank": 0, "how": "slow", "steps": -1}, 422, "from 0"),
+        ({"how": "client_gone"}, 422, "a client's to do"),
+        ({"how": "standby_dead"}, 409, "--standbys 1"),
+        ({"how": "keeper_hang"}, 409, "try again"),
+    ],
+)
+def test_a_fault_that_cannot_be_inflicted(
+    connect: Connect,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    body: dict[str, Any],
+    status: int,
+    said: str,
+) -> None:
+    state = (engine.read_state() or {}) | {"keeper": {"pid": None, "restarts": 0}}
+    monkeypatch.setattr(engine, "read_state", lambda: state)
+    answer = connect().post("/ghostserve/kill", json=body)
+    assert (answer.status_code, said in sentence(answer)) == (status, True), answer.text
+    assert not engine.faults
+    assert all(worker.poll() is None for worker in engine.workers)
+
+
+def test_without_a_cgroup_there_is_no_oom(
+    connect: Connect, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise UnsupportedError("no memory cgroup can be made here")
+
+    monkeypatch.setattr(MemoryGroup, "demand", none)
+    answer = connect().post("/ghostserve/kill", json={"rank": 0, "how": "oom"})
+    assert (answer.status_code, sentence(answer)) == (422, "no memory cgroup can be made here")
+    assert not engine.faults
 
 
 def test_killing_twice_is_a_conflict(connect: Connect, engine: FakeEngine) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
 import pytest
 
+from ghostserve.cli import main as cli
+from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.testing.client import StreamResult
+from ghostserve.testing.fault_plan import FaultPlan
+from ghostserve.testing.fault_runner import FaultRunner
 from ghostserve.testing.oracle import compare_choices
-from real.kit import SEEDED, Served, assert_rebuilt, assert_same
+from real.kit import LONG_PROMPT, SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
+LONG = Ask(max_tokens=150)
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +37,74 @@ def poisoned(float32: Served):
     float32.post("/reset_prefix_cache")
 
 
-def struck(served: Served) -> int:
-    return int(served.server.status()["counters"]["faults_struck_total"])
+def counter(served: Served, name: str = "faults_struck_total") -> int:
+    return int(served.server.status()["counters"][name])
+
+
+def run(served: Served, plan: FaultPlan, ask: Ask = SEEDED) -> StreamResult:
+    """One request while the plan is performed; all of the plan is."""
+    runner = FaultRunner(served.server.admin, plan)
+    runner.start()
+    runner.sending()
+    result = served.run(ask, on_token=runner.watch())
+    assert runner.is_done
+    return result
+
+
+# -- a worker ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["crash", "segfault", "oom"])
+def test_a_worker_that_ends(float32: Served, kind: str) -> None:
+    before, reference, struck = float32.recoveries(), float32.reference(SEEDED), counter(float32)
+    pid = float32.server.status()["ranks"][1]["pid"]
+    plan: FaultPlan = getattr(FaultPlan(), kind)(rank=1)
+    assert_same(reference, run(float32, plan.at_token(40)))
+    report = float32.recovery(after=before)
+    assert (report["lost_ranks"], report["lost_pids"]) == ([1], [pid])
+    assert_rebuilt(report, sealed=True)
+    assert counter(float32) == struck + (kind != "crash")  # which is a signal from outside
+    assert not list(Path("/sys/fs/cgroup").glob("**/ghostserve-fault-*")), "the cgroup was left behind"
+
+
+def test_an_exception_in_a_step(float32: Served) -> None:
+    before, reference = float32.recoveries(), float32.reference(SEEDED)
+    pids = [rank["pid"] for rank in float32.server.status()["ranks"]]
+    assert_same(reference, run(float32, FaultPlan().exception(rank=0).at_step(50)))
+    assert (
+        "InjectedFault" in (report := float32.recovery(after=before))["reason"]
+        or "injected" in report["reason"]
+    )
+    assert [rank["pid"] for rank in float32.server.status()["ranks"]] == pids
+
+
+def test_a_crash_in_prefill(float32: Served) -> None:
+    before, reference = float32.recoveries(), float32.reference(LONG_PROMPT)
+    assert_same(reference, run(float32, FaultPlan().crash(rank=1).in_request("prefill"), LONG_PROMPT))
+    assert float32.recovery(after=before)["lost_ranks"] == [1]
+
+
+def test_a_crash_and_then_another_in_its_recovery(float32: Served) -> None:
+    """A survivor that dies while it shares its KV: two losses, one parity, so that the request is recomputed."""
+    before, reference = float32.recoveries(), float32.reference(LONG)
+    plan = FaultPlan().crash(rank=1).at_token(70).then.crash(rank=0).in_recovery("kv")
+    assert_same(reference, run(float32, plan, LONG))
+    report = float32.recovery(after=before)
+    assert set(report["lost_ranks"]) == {0, 1}
+    assert report["path"] == "recompute"
+
+
+def test_a_slow_rank_is_slow_for_so_long(float32: Served) -> None:
+    """Nobody is given up, and the gaps between tokens tell that it struck, and that it ended."""
+    before, reference, struck = float32.recoveries(), float32.reference(LONG), counter(float32)
+    result = run(float32, FaultPlan().slow(rank=1, factor=12, steps=12).at_step(50), LONG)
+    assert_same(reference, result)
+    assert float32.recoveries() == before
+    assert counter(float32) == struck + 12
+    at_s = result.arrivals_s[0]
+    quick, slow = at_s[45] - at_s[35], at_s[61] - at_s[51]
+    assert slow > 3 * quick, (slow, quick)
+    assert at_s[140] - at_s[130] < 0.5 * slow
 
 
 # -- silent corruption ---------------------------------------------------------------------------------
@@ -36,10 +113,9 @@ def struck(served: Served) -> int:
 @pytest.mark.usefixtures("poisoned")
 def test_corrupt_kv_changes_what_follows(float32: Served) -> None:
     """The negative control of every test that corrupts KV: nobody looks, and the answer is another."""
-    before, reference = struck(float32), float32.reference(SEEDED)
-    float32.arm(point="staged", rank=1, action="corrupt_kv", skip=30)
-    faulted = float32.run(SEEDED)
-    assert struck(float32) == before + 1
+    struck, reference = counter(float32), float32.reference(SEEDED)
+    faulted = run(float32, FaultPlan().corrupt_kv(rank=1).at_step(31))
+    assert counter(float32) == struck + 1
     verdict = compare_choices(reference.token_ids, faulted.token_ids)
     assert verdict.first_difference is not None
     assert verdict.first_difference > 30
@@ -52,3 +128,115 @@ def test_corrupt_kv_of_a_rank_that_dies_in_the_same_step(float32: Served) -> Non
     float32.arm(point="before_reply", rank=1, action="kill", skip=30)
     assert_same(reference, float32.run(SEEDED))
     assert_rebuilt(float32.recovery(after=before), sealed=False)
+
+
+@pytest.mark.parametrize(
+    ("plan", "counted"),
+    [
+        (FaultPlan().corrupt_parity(), "checksum_refusals_total"),
+        (FaultPlan().corrupt_mirror(rank=0).at_step(30), "checksum_refusals_total"),
+    ],
+    ids=["parity", "mirror"],
+)
+def test_a_corrupt_shadow_is_refused(float32: Served, plan: FaultPlan, counted: str) -> None:
+    before, reference, refused = float32.recoveries(), float32.reference(LONG), counter(float32, counted)
+    assert_same(reference, run(float32, plan.crash(rank=1).at_token(90), LONG))
+    assert float32.recovery(after=before)["ok"]
+    assert counter(float32, counted) > refused
+
+
+# -- around the workers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["keeper_crash", "keeper_hang"])
+def test_a_keeper_that_ends_or_hangs(float32: Served, kind: str) -> None:
+    """Serving does not wait for it; another takes its place, and a loss after that is rebuilt."""
+    before, reference, keeper = (
+        float32.recoveries(),
+        float32.reference(LONG),
+        float32.server.status()["keeper"],
+    )
+    plan: FaultPlan = getattr(FaultPlan(), kind)()
+    seen: list[str] = []
+
+    def look() -> None:
+        seen.append(psutil.Process(keeper["pid"]).status() if psutil.pid_exists(keeper["pid"]) else "gone")
+
+    look_at = Hurt(21, look)
+    runner = FaultRunner(float32.server.admin, plan.at_token(20))
+    runner.start()
+    watch = runner.watch()
+    result = float32.run(LONG, on_token=both(watch, look_at))
+    assert_same(reference, result)
+    if kind == "keeper_hang":
+        assert seen == [psutil.STATUS_STOPPED]
+    wait(lambda: float32.server.status()["keeper"]["restarts"] > keeper["restarts"], "a keeper's restart", 20)
+    float32.settle()
+    assert float32.recoveries() == before, "a rank was replaced for it"
+    assert float32.server.status()["keeper"]["pid"] != keeper["pid"]
+    assert_same(reference, run(float32, FaultPlan().crash(rank=0).at_token(80), LONG))
+    assert_rebuilt(float32.recovery(after=before), sealed=True)
+
+
+def test_an_arena_that_takes_no_writes(float32: Served) -> None:
+    """The step goes on; what it wrote is unprotected until a later one catches up, then all of it comes back."""
+    before, reference = float32.recoveries(), float32.reference(LONG)
+    errors = counter(float32, "shadow_errors_total")
+    assert_same(reference, run(float32, FaultPlan().arena_write_failure(rank=1).at_step(20), LONG))
+    assert counter(float32, "shadow_errors_total") > errors
+    assert float32.recoveries() == before
+    plan = FaultPlan().arena_write_failure(rank=1).at_step(60).then.crash(rank=1).at_step(1)
+    assert_same(reference, run(float32, plan, LONG))
+    report = float32.recovery(after=before)
+    assert report["path"] == "recompute", "a block without its mirror was restored"
+    assert report["tokens_recomputed"] > 0
+
+
+def test_an_arena_without_frames(float32: Served) -> None:
+    """New blocks are unprotected meanwhile: counted, recomputed after a loss, and protected again later."""
+    before, reference = float32.recoveries(), float32.reference(LONG)
+    plan = FaultPlan().memory_exhausted(steps=60).at_step(40).then.crash(rank=1).at_step(50)
+    assert_same(reference, run(float32, plan, LONG))
+    report = float32.recovery(after=before)
+    assert report["path"] == "recompute"
+    assert_same(reference, run(float32, FaultPlan().memory_exhausted(steps=20).at_step(30), LONG))
+    assert float32.recoveries() == before + 1
+    assert_same(reference, run(float32, FaultPlan().crash(rank=0).at_token(90), LONG))
+    assert_rebuilt(float32.recovery(after=before + 1), sealed=True)
+
+
+def test_a_client_that_is_gone(float32: Served) -> None:
+    gone = run(float32, FaultPlan().client_gone(at_token=12))
+    assert gone.aborted
+    wait(lambda: float32.server.status()["counters"]["requests_open"] == 0, "the request to be forgotten", 10)
+
+
+def test_there_is_no_standby(float32: Served) -> None:
+    if float32.server.status().get("standbys"):
+        pytest.skip("this server has one")
+    with pytest.raises(Exception, match="--standbys 1"):
+        float32.server.admin.inflict("standby_dead")
+
+
+def test_from_the_command_line(float32: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    before, reference = float32.recoveries(), float32.reference(SEEDED)
+
+    assert cli.main(["kill", "--rank", "0", "--how", "segfault", "--url", float32.server.base_url]) == 0
+    assert "reads address 0" in capsys.readouterr().out
+    assert_same(reference, float32.run(SEEDED))
+    assert float32.recovery(after=before)["lost_ranks"] == [0]
+
+
+def both(*callbacks: Callable[..., None]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        for callback in callbacks:
+            callback(*arguments)
+
+    return call
+
+
+def wait(condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+    deadline_s = monotonic_s() + timeout_s
+    while not condition():
+        assert monotonic_s() < deadline_s, what
+        sleep_s(0.05)

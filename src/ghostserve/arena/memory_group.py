@@ -45,6 +45,11 @@ class MemoryGroup:
             raise UnsupportedError(f"the memory cgroup {group.path} takes no limit ({error})") from None
         return group
 
+    @classmethod
+    def demand(cls) -> None:
+        """Raise UnsupportedError where none can be made."""
+        cls.create(f"ghostserve-probe-{os.getpid()}").remove()
+
     def enter(self) -> None:
         """Move this process into it. Raises OSError."""
         (self.path / "cgroup.procs").write_text(str(os.getpid()))

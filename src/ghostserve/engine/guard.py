@@ -26,6 +26,7 @@ from ghostserve.engine.budget import (
     count_frames,
     reserve_frames,
 )
+from ghostserve.engine.drought import Drought
 from ghostserve.engine.messages import ArenaGeometry, RankLayout
 from ghostserve.engine.request_state import increment_of
 from ghostserve.engine.staging_keys import ack_key, random_key
@@ -65,6 +66,7 @@ class Guard:
     _next_wipe: int = 1
     _wipes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _held: list[Answer] | None = None
+    _drought: Drought = field(default_factory=Drought)
     _leaving: set[int] = field(
         default_factory=set
     )  # blocks of finished requests that a step in flight still uses
@@ -143,6 +145,7 @@ class Guard:
             return ()
 
     def _plan(self, manifest: Manifest, tables: BlockTables, scheduler_output: Any) -> tuple[Piece, ...]:
+        self._drought.step(self.page, manifest.pool)
         increment = increment_of(scheduler_output)
         leaving, self._leaving = self._leaving, set()
         self._drop_dead(manifest, [leaving])

@@ -49,15 +49,16 @@ class FakeEngine:
         self.state = "serving"
         self.lock = threading.Lock()
         self.workers = [self._spawn() for _ in range(ranks)]
+        self.keeper = self._spawn()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["sleep", "600"])
 
     def close(self) -> None:
-        """End the stand-ins of the workers."""
-        for worker in self.workers:
-            worker.kill()
-            worker.wait()
+        """End the stand-ins."""
+        for process in (*self.workers, self.keeper):
+            process.kill()
+            process.wait()
 
     # -- the page -----------------------------------------------------------------------------------------
 
@@ -85,7 +86,7 @@ class FakeEngine:
             "state": self.state,
             "phase": "spawn" if self.state == "recovering" else None,
             "ranks": ranks,
-            "keeper": {"pid": 4242, "restarts": 0},
+            "keeper": {"pid": self.keeper.pid, "restarts": 0},
             "shadow": self._shadow(),
             "recoveries_total": len(self.recoveries),
             "last_recovery": self.recoveries[-1] if self.recoveries else None,

@@ -62,7 +62,14 @@ class AdminClient:
 
     def kill_rank(self, rank: int) -> dict[str, Any]:
         """SIGKILL the worker of this rank; the answer names the pid."""
-        return self._ask("POST", "/ghostserve/kill", {"rank": rank})
+        return self.inflict("crash", rank=rank)
+
+    def inflict(
+        self, how: str, *, rank: int | None = None, steps: int | None = None, factor: int | None = None
+    ) -> dict[str, Any]:
+        """Bring a fault about now, or in the next step; names as in `arena.fault_kinds`. The answer says which."""
+        body = {"how": how, "rank": rank, "steps": steps, "factor": factor}
+        return self._ask("POST", "/ghostserve/kill", {k: v for k, v in body.items() if v is not None})
 
     def arm_fault(
         self, *, point: str, rank: int, action: str, skip: int = 0, argument: int = 0, count: int = 1

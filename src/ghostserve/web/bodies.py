@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
 from fastapi import Request
 
+from ghostserve.arena.fault_kinds import KINDS, NAMES, FaultKind, Victim, kind_of
 from ghostserve.arena.names import Fault, FaultAction, FaultPoint, Switch
 from ghostserve.errors import UsageError
 
 BODY_BYTES_MAX = 4096
+DEFAULT_STEPS, DEFAULT_FACTOR, FACTOR_MAX = 20, 5, 1000
 
 
 E = TypeVar("E", bound=Enum)
@@ -73,10 +76,38 @@ def _rank_in(body: Mapping[str, Any], ranks_total: int) -> int:
     return rank
 
 
-def parse_kill(body: Mapping[str, Any], *, ranks_total: int) -> int:
-    """The rank of `{"rank": R}`; raises UsageError naming the range."""
-    _only(body, "rank")
-    return _rank_in(body, ranks_total)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KillOrder:
+    """A fault that is wanted now."""
+
+    kind: FaultKind
+    rank: int | None  # of the kinds that a rank suffers
+    steps: int  # of the kinds that last; 0: until it is disarmed
+    factor: int  # of SLOW
+
+
+def parse_kill(body: Mapping[str, Any], *, ranks_total: int) -> KillOrder:
+    """The order of `{"rank": R, "how": KIND, "steps": N, "factor": K}`; `how` defaults to crash. Raises UsageError."""
+    _only(body, "rank", "how", "steps", "factor")
+    how = body.get("how", FaultKind.CRASH.value)
+    kind = kind_of(how) if isinstance(how, str) else None
+    if kind is None:
+        raise UsageError(f"how {how!r} does not exist; known are {', '.join(NAMES)}")
+    facts = KINDS[kind]
+    for name, is_known in (("steps", facts.lasts), ("factor", kind is FaultKind.SLOW)):
+        if name in body and not is_known:
+            raise UsageError(f"{name!r} says nothing about {kind.value}: leave it out")
+    if facts.victim is not Victim.RANK and body.get("rank") is not None:
+        raise UsageError(f"{kind.value} concerns no rank: leave 'rank' out")
+    factor = _from_zero(body, "factor", DEFAULT_FACTOR)
+    if not 2 <= factor <= FACTOR_MAX:
+        raise UsageError(f"'factor' must be a whole number from 2 to {FACTOR_MAX}")
+    return KillOrder(
+        kind=kind,
+        rank=_rank_in(body, ranks_total) if facts.victim is Victim.RANK else None,
+        steps=_from_zero(body, "steps", DEFAULT_STEPS if facts.lasts else 1),
+        factor=factor,
+    )
 
 
 def parse_fault(body: Mapping[str, Any], *, ranks_total: int) -> Fault:

@@ -1,4 +1,4 @@
-"""Killing exactly the process that was meant. Knows no rank and no page.
+"""Signalling exactly the process that was meant. Knows no rank and no page.
 
 A pid may be reused between being written down and being used. `/proc/PID/stat` field 22 (start time, in
 clock ticks since boot) tells two holders of one pid apart; a pidfd opened before that look then names the
@@ -14,9 +14,9 @@ from pathlib import Path
 
 
 class KillOutcome(Enum):
-    """What became of a kill."""
+    """What became of a signal."""
 
-    SENT = "sent"  # SIGKILL was delivered to the very process that was meant
+    SENT = "sent"  # it was delivered to the very process that was meant
     GONE = "gone"  # no process, only a zombie, or another one holds this pid; nothing was sent
 
 
@@ -31,8 +31,8 @@ def read_start_time_ticks(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-def kill_exactly(pid: int, start_time_ticks: int) -> KillOutcome:
-    """Send SIGKILL to this process unless its pid has another holder by now. Does not wait, does not reap."""
+def kill_exactly(pid: int, start_time_ticks: int, signum: signal.Signals = signal.SIGKILL) -> KillOutcome:
+    """Send a signal to this process unless its pid has another holder by now. Does not wait, does not reap."""
     if pid <= 1:
         return KillOutcome.GONE
     try:
@@ -42,7 +42,7 @@ def kill_exactly(pid: int, start_time_ticks: int) -> KillOutcome:
     try:
         if read_start_time_ticks(pid) != start_time_ticks:
             return KillOutcome.GONE
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, signum)
     except ProcessLookupError:
         return KillOutcome.GONE
     finally:

@@ -5,8 +5,8 @@ the engine core and passed on as it is; the only things added are the page's cou
 be injected.
 
     GET  /ghostserve/status    the state document                  key, or loopback
-    POST /ghostserve/kill      {"rank": R}                         the same, and --enable-fault-injection
-    POST /ghostserve/faults    {"point", "rank", "action", "skip"} the same; DELETE disarms all
+    POST /ghostserve/kill      {"rank": R, "how": KIND, ...}       the same, and --enable-fault-injection
+    POST /ghostserve/faults    {"point", "rank", "action", ...}    the same; DELETE disarms all
     POST /ghostserve/switches  {NAME: true | false, ...}           the same
     GET  /ui/prompts.json      the page's prompts                  key, or loopback
     GET  /ui                   the page: one file without data     open
@@ -33,9 +33,8 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response, params
 
 from ghostserve.arena.names import Fault, Switch
 from ghostserve.errors import BudgetExceeded, UsageError
-from ghostserve.types import RankState
 from ghostserve.web.bodies import parse_fault, parse_kill, parse_switches, read_object
-from ghostserve.web.processes import KillOutcome, kill_exactly
+from ghostserve.web.injection import NotNow, inflict
 from ghostserve.web.security import AccessPolicy, guard
 
 UI_FILE = Path(__file__).parent / "static" / "ui.html"
@@ -94,7 +93,7 @@ def _our_errors_as_http() -> Iterator[None]:
         yield
     except UsageError as error:
         raise HTTPException(422, str(error)) from None
-    except BudgetExceeded as error:
+    except (BudgetExceeded, NotNow) as error:
         raise HTTPException(409, str(error)) from None
 
 
@@ -103,18 +102,6 @@ def _state_of(page: Page) -> dict[str, Any]:
     if state is None:
         raise HTTPException(503, "the server is still starting; try again in a moment")
     return state
-
-
-def kill_rank(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """SIGKILL the process that holds `rank` according to the state document; raises HTTPException 409
-    otherwise.
-    """
-    entry = next((entry for entry in state["ranks"] if entry["rank"] == rank), None)
-    if entry is None or entry["state"] != RankState.ALIVE.value:
-        raise HTTPException(409, f"rank {rank} is {entry['state'] if entry else 'not there'}, not alive")
-    if kill_exactly(entry["pid"], entry["start_time"]) is not KillOutcome.SENT:
-        raise HTTPException(409, f"rank {rank} is not alive: its process {entry['pid']} is gone")
-    return {"rank": rank, "pid": entry["pid"], "epoch": state["epoch"], "killed": True}
 
 
 def _injections(page: Page) -> dict[str, Any]:
@@ -173,8 +160,8 @@ def _add_injection(router: APIRouter, page: Page, *, dependencies: Sequence[para
     async def kill(request: Request) -> dict[str, Any]:
         state = _state_of(page)
         with _our_errors_as_http():
-            rank = parse_kill(await read_object(request), ranks_total=len(state["ranks"]))
-        return kill_rank(state, rank)
+            order = parse_kill(await read_object(request), ranks_total=len(state["ranks"]))
+            return inflict(page, state, order)
 
     @router.post("/ghostserve/faults", dependencies=dependencies)
     async def arm_fault(request: Request) -> dict[str, Any]:
