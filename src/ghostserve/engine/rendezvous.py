@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 SCHEME = "ghostserve"
 HOST = "127.0.0.1"
@@ -26,7 +27,7 @@ class Meeting:
             listener.bind((HOST, 0))
             listener.listen(2 * ranks)
             port = listener.getsockname()[1]
-            self._store: Any = dist.TCPStore(
+            self._store: Store | None = TCPStore(
                 HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
             )
         self.url = f"{SCHEME}://{HOST}:{port}"
@@ -36,15 +37,15 @@ class Meeting:
         self._store = None
 
 
-def _join(url: str, timeout: datetime.timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
+def _join(url: str, timeout: datetime.timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
     """torch's rendezvous handler for our scheme; torch adds rank and world size to the URL."""
     parts = urlsplit(url)
     query = parse_qs(parts.query)
     rank, ranks = int(query["rank"][0]), int(query["world_size"][0])
     assert parts.hostname is not None
     assert parts.port is not None
-    yield dist.TCPStore(parts.hostname, parts.port, ranks, is_master=False, timeout=timeout), rank, ranks
+    yield TCPStore(parts.hostname, parts.port, ranks, is_master=False, timeout=timeout), rank, ranks
     raise RuntimeError("ranks meet once; to meet again they are given another address")
 
 
-dist.register_rendezvous_handler(SCHEME, _join)
+register_rendezvous_handler(SCHEME, _join)
