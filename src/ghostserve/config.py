@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -68,6 +69,24 @@ class GhostConfig:
     restore_timeout: float = _option(
         120.0, "bound for request state and KV to be restored", metavar="SECONDS"
     )
+    hang_timeout: float = _option(
+        0.9,
+        "a worker that makes no progress in a step for so long, and for --hang-factor times what such a step takes, "
+        "is replaced; 0: only vLLM's own limit for a step holds",
+        metavar="SECONDS",
+    )
+    hang_factor: float = _option(
+        5.0, "see --hang-timeout: how many times longer than expected a step may take", metavar="K"
+    )
+    first_step_timeout: float = _option(
+        60.0,
+        "instead of --hang-timeout for the first step after a start or a replacement, and the first of its size",
+        metavar="SECONDS",
+    )
+    slow_factor: float = _option(
+        3.0, "a worker that takes K times as long as the others is shown as slow", metavar="K"
+    )
+    evict_slow: bool = _option(False, "replace a worker that is slow, instead of only showing it")
     enable_fault_injection: bool = _option(
         False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
     )
@@ -81,9 +100,14 @@ class GhostConfig:
             raise UsageError(f"--encode-backlog {self.encode_backlog}: at least 1 block is needed")
         if self.recovery_attempts < 1:
             raise UsageError(f"--recovery-attempts {self.recovery_attempts}: at least 1 is needed")
-        for name in ("leave_timeout", "start_timeout", "restore_timeout"):
-            if getattr(self, name) <= 0:
+        for name in ("leave_timeout", "start_timeout", "restore_timeout", "first_step_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0 seconds")
+        if not 0 <= self.hang_timeout < math.inf:
+            raise UsageError(f"--hang-timeout {self.hang_timeout}: must not be negative; 0 turns it off")
+        for name in ("hang_factor", "slow_factor"):
+            if not 1 < getattr(self, name) < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 1")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

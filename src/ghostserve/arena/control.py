@@ -11,6 +11,7 @@ lock between processes and no count is lost.
     12288  marks               16 f64 per rank
     20480  counters            a lane of 64 u64 per writer
     57344  state document      a shared record
+   262144  progress            8 u64 per rank
 """
 
 from __future__ import annotations
@@ -25,16 +26,27 @@ import numpy.typing as npt
 
 from ghostserve.arena.faults import TABLE_BYTES, FaultTable
 from ghostserve.arena.memfd import Segment
-from ghostserve.arena.names import Counter, Fault, FaultAction, FaultPoint, Mark, Stamp, StampStatus, Switch
+from ghostserve.arena.names import (
+    Counter,
+    Fault,
+    FaultAction,
+    FaultPoint,
+    Mark,
+    Progress,
+    Stamp,
+    StampStatus,
+    Switch,
+)
 from ghostserve.arena.records import SharedRecord, fence
+from ghostserve.arena.shared_group import PROGRESS_WORDS
 from ghostserve.errors import ProtocolError, UsageError
 
 __all__ = [
     "CONTROL_BYTES", "LANE_ENGINE", "LANE_FRONT", "LANE_KEEPER", "RANKS_MAX", "STATE_MAX_BYTES",
-    "ControlPage", "Counter", "Fault", "FaultAction", "FaultPoint", "Mark", "Stamp", "StampStatus", "Switch",
+    "ControlPage", "Counter", "Fault", "FaultAction", "FaultPoint", "Mark", "Progress", "Stamp", "StampStatus", "Switch",
 ]  # fmt: skip
 
-CONTROL_BYTES = 256 << 10
+CONTROL_BYTES = 264 << 10
 RANKS_MAX = 64
 STATE_MAX_BYTES = 96 << 10
 LANE_FRONT, LANE_ENGINE, LANE_KEEPER = range(RANKS_MAX, RANKS_MAX + 3)  # lanes below are the ranks'
@@ -43,8 +55,16 @@ VERSION = 3
 _MAGIC = int.from_bytes(b"ghostsrv", "little")
 _MASK = (1 << 64) - 1
 _MAGIC_WORD, _VERSION_WORD, _EPOCH_WORD, _KEEPER_PID_WORD, _KEEPER_OFF_WORD = range(5)
-_SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE = 128, 512, 4096, 12288, 20480, 57344
-_STAMP_BYTES, _MARKS_PER_RANK, _LANE_WORDS, _LANES = 128, 16, 64, RANKS_MAX + 3
+_SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS = (
+    128,
+    512,
+    4096,
+    12288,
+    20480,
+    57344,
+    262144,
+)
+_STAMP_BYTES, _MARKS_PER_RANK, _LANE_WORDS, _LANES, _PROGRESS_WORDS = 128, 16, 64, RANKS_MAX + 3, 8
 _STAMP = struct.Struct("<QQQd")  # epoch, step, status, at_s
 
 
@@ -77,6 +97,8 @@ class ControlPage:
         self._marks = view[_MARKS:_COUNTERS].cast("d")
         lanes = segment.array[_COUNTERS : _COUNTERS + 8 * _LANE_WORDS * _LANES]
         self._counters: npt.NDArray[np.uint64] = lanes.view(np.uint64).reshape(_LANES, _LANE_WORDS)
+        progress = segment.array[_PROGRESS : _PROGRESS + 8 * _PROGRESS_WORDS * RANKS_MAX]
+        self._progress: npt.NDArray[np.uint64] = progress.view(np.uint64).reshape(RANKS_MAX, _PROGRESS_WORDS)
         state_bytes = SharedRecord.required_bytes(STATE_MAX_BYTES)
         self._state = SharedRecord(view[_STATE : _STATE + state_bytes], payload_max_bytes=STATE_MAX_BYTES)
 
@@ -172,6 +194,31 @@ class ControlPage:
             return Stamp(epoch=0, step=0, status=StampStatus.NONE, at_s=0.0)
         epoch, step, status, at_s = _STAMP.unpack(payload)
         return Stamp(epoch=epoch, step=step, status=StampStatus(status), at_s=at_s)
+
+    def progress_words(self, rank: int) -> npt.NDArray[np.uint64]:
+        """Where the rank's collectives note how far it is: the first `shared_group.PROGRESS_WORDS` of its line."""
+        return self._progress[rank, :PROGRESS_WORDS]
+
+    def add_step_time(self, rank: int, step_s: float) -> None:
+        """Written by the rank itself: a step took so long there, waiting for peers included."""
+        at = _PROGRESS // 8 + rank * _PROGRESS_WORDS + PROGRESS_WORDS
+        self._words[at] += int(step_s * 1e9)
+        self._words[at + 1] += 1
+
+    def progress(self, rank: int) -> Progress:
+        """How far a rank is, as it says itself; no word is torn, but they may be of different moments."""
+        met, waited_ns, waiting, in_steps_ns, steps = self._progress[rank, : PROGRESS_WORDS + 2].tolist()
+        return Progress(
+            met=met,
+            waited_s=waited_ns / 1e9,
+            waiting=bool(waiting),
+            in_steps_s=in_steps_ns / 1e9,
+            steps=steps,
+        )
+
+    def clear_progress(self, rank: int) -> None:
+        """Before a new process takes the rank."""
+        self._progress[rank] = 0
 
     def mark(self, rank: int, mark: Mark, now_s: float) -> None:
         """Note when this start of the rank reached `mark`."""

@@ -82,6 +82,17 @@ class Stamp:
     at_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a rank is, as its collectives and its worker note it. Sums are over the life of its process."""
+
+    met: int  # rounds of collectives begun since the groups were formed; equal on ranks that are equally far
+    waited_s: float  # spent in collectives, waiting for peers
+    waiting: bool  # it waits for a peer now
+    in_steps_s: float  # spent in steps, `waited_s` included
+    steps: int
+
+
 class FaultPoint(StrEnum):
     """Where a fault can strike."""
 

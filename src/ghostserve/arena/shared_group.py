@@ -18,6 +18,8 @@ from ghostserve.native import load
 
 LANE_BYTES = 64
 RANKS_MAX = 64
+PROGRESS_WORDS = 3
+"""Rounds met since the group was formed, nanoseconds waited for peers in all, 1 while waiting."""
 
 
 class Dtype(IntEnum):
@@ -48,6 +50,7 @@ class _Group(ctypes.Structure):
     _fields_ = (
         ("lanes", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
+        ("progress", ctypes.c_void_p),
         ("pidfds", ctypes.c_void_p),
         ("slot_bytes", ctypes.c_uint64),
         ("timeout_ns", ctypes.c_uint64),
@@ -92,20 +95,28 @@ class SharedGroup:
         pidfds: Sequence[int],
         slot_bytes: int,
         timeout_s: float,
+        progress: npt.NDArray[np.uint64] | None = None,
         spins: int = 2000,
     ) -> None:
-        """`pidfds`: one for each rank, negative for those not to watch (oneself). They and `memory` stay the caller's."""
+        """`pidfds`: one for each rank, negative for those not to watch (oneself). They and `memory` stay the caller's.
+
+        `progress`: PROGRESS_WORDS of memory, shared with whoever watches this rank: see `struct progress`.
+        """
         assert slot_bytes > 0
         assert slot_bytes % LANE_BYTES == 0
         assert len(pidfds) == ranks <= RANKS_MAX
         assert memory.size >= memory_bytes(ranks, slot_bytes)
         self._memory: npt.NDArray[np.uint8] | None = memory
         self._library = _typed(load().library)
+        self._progress = np.zeros(PROGRESS_WORDS, np.uint64) if progress is None else progress
+        assert self._progress.size == PROGRESS_WORDS
+        self._progress[0] = self._progress[2] = 0
         self._pidfds = (ctypes.c_int32 * ranks)(*pidfds)
         address = int(memory.__array_interface__["data"][0])
         self._group = _Group(
             lanes=address,
             slots=address + ranks * LANE_BYTES,
+            progress=int(self._progress.__array_interface__["data"][0]),
             pidfds=ctypes.addressof(self._pidfds),
             slot_bytes=slot_bytes,
             timeout_ns=int(timeout_s * 1e9),

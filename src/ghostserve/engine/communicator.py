@@ -31,6 +31,7 @@ DTYPES = {
     torch.int32: Dtype.I32,
     torch.int64: Dtype.I64,
 }
+_progress: list[Any] = []  # where this process shows how far it is; empty if nobody looks
 _named: dict[str, TensorParallelCollectives] = {}  # of this process, by vLLM's unique name of the group
 
 
@@ -171,6 +172,7 @@ class SharedMemory:
                 pidfds=self._pidfds,
                 slot_bytes=SLOT_BYTES,
                 timeout_s=dist.default_pg_timeout.total_seconds(),
+                progress=_progress[0] if _progress else None,
             )
         except BaseException:
             self._close()
@@ -220,6 +222,11 @@ class SharedMemory:
             if pidfd >= 0:
                 os.close(pidfd)
         self._segment.close()
+
+
+def show_progress(words: Any) -> None:
+    """From the next group on: where collectives note how far this process is (`shared_group.PROGRESS_WORDS`)."""
+    _progress[:] = [words]
 
 
 def abandon_all() -> None:

@@ -8,14 +8,12 @@ sent again. To the engine core above it is a slow step, nothing else.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import weakref
 from collections import deque
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
-import cloudpickle
 from vllm import envs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
@@ -23,6 +21,7 @@ from ghostserve.arena.control import LANE_ENGINE, ControlPage, StampStatus
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import logs, session, weights_identity
+from ghostserve.engine.calls import call_ranks
 from ghostserve.engine.guard import Guard
 from ghostserve.engine.in_flight import OpenStep, grammar_of
 from ghostserve.engine.leftovers import Leftovers
@@ -35,15 +34,14 @@ from ghostserve.engine.request_state import WorkersView
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent, Ring
 from ghostserve.engine.scheduler import FailedStep
 from ghostserve.engine.settings import Settings
-from ghostserve.engine.silence import who_is_silent
 from ghostserve.engine.start import Starter
 from ghostserve.engine.status import StatusWriter
+from ghostserve.engine.watch import Watch, size_of
 from ghostserve.shadow.packed_pieces import pack_pieces
 
 logger = logging.getLogger(__name__)
 
 STAMP_POLL_S, STAMP_SPIN_S = 0.0002, 0.002  # ranks finish a step within microseconds of each other
-WEIGHT_CHANGES = ("reload_weights", "update_weights", "load_model")
 
 
 class LazyFuture(Future[Any]):
@@ -96,6 +94,8 @@ class GhostExecutor(MultiprocExecutor):
         self.open_steps: list[OpenStep] = []  # sent and not accepted, oldest first
         self._newest: OpenStep | None = None  # may have been given up meanwhile
         self._step = 0
+        self.watch = Watch(self)
+        self.ring.hung = self.watch.stopped
         self.performer = Performer(self)
         self.monitor = Monitor(self)
         self.monitor.start()
@@ -161,6 +161,8 @@ class GhostExecutor(MultiprocExecutor):
                 step=self._step,
                 scheduler_output=scheduler_output,
                 sent=scheduler_output,
+                size=size_of(scheduler_output),
+                sent_at_s=monotonic_s(),
                 pieces=vars(scheduler_output).pop("ghost_pieces", ()),  # what is left on it is sent, too
             )
             self.open_steps.append(step)
@@ -212,10 +214,10 @@ class GhostExecutor(MultiprocExecutor):
                 try:
                     self._run_oldest()
                 except (RanksDied, RankRaised, RankSilent) as failure:
-                    self._recover(failure)
+                    self.recover(failure)
             return step.output
 
-    def _recover(self, failure: RanksDied | RankRaised | RankSilent) -> None:
+    def recover(self, failure: RanksDied | RankRaised | RankSilent) -> None:
         """Repair the group; what was in flight is sent again, all of it, in order. Raises EngineLost."""
         if self.performer.recover(failure) is Outcome.STEP_FAILED:
             self._fail_oldest()
@@ -227,6 +229,7 @@ class GhostExecutor(MultiprocExecutor):
 
     def _run_oldest(self) -> None:
         """Wait for the next answer to the oldest step; accept it when that was the last."""
+        self.watch.evict_slow()
         step = self.open_steps[0]
         if not step.executed:
             step.output = self._next_reply(step)
@@ -252,22 +255,23 @@ class GhostExecutor(MultiprocExecutor):
         self.open_steps = []
 
     def _next_reply(self, step: OpenStep) -> Any:
-        reply = step.replies.popleft() if step.replies else self._wait_for_reply(step)
+        reply = step.replies.popleft() if step.replies else self.wait_for_reply(step)
         if isinstance(reply, RankRaised):
             raise reply
         return reply
 
-    def _wait_for_reply(self, step: OpenStep) -> Any:
-        started_s = monotonic_s()
+    def wait_for_reply(self, step: OpenStep) -> Any:
+        """The next answer to a step. Raises RanksDied, RankRaised or RankSilent."""
         try:
             return self.ring.wait_for_reply(
                 self.output_rank,
-                deadline_s=started_s + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+                deadline_s=monotonic_s() + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
                 failed=lambda: self._failed_rank(step),
                 expect_alive=range(self.world_size),
+                look=lambda: self.watch.look(self.open_steps[0], awaits=self.output_rank),
             )
         except RankSilent as failure:
-            raise who_is_silent(self, self._id(step), started_s, failure) from None
+            raise self.watch.blame(step, failure) if failure.by_time else failure from None
 
     def _failed_rank(self, step: OpenStep) -> int | None:
         """A rank whose stamp says that this step failed there."""
@@ -289,6 +293,7 @@ class GhostExecutor(MultiprocExecutor):
         self.session.guard.commit(epoch=epoch, step=step.step, pieces=step.pieces)
         self.open_steps.remove(step)
         step.done = True
+        self.watch.accepted(step)
         self.performer.step_accepted()
 
     def _wait_for_stamps(self, step: OpenStep) -> None:
@@ -311,6 +316,7 @@ class GhostExecutor(MultiprocExecutor):
                 if monotonic_s() - started_s < STAMP_SPIN_S:
                     os.sched_yield()
                 else:
+                    self.watch.look(step)
                     sleep_s(STAMP_POLL_S)
 
     # -- other calls -----------------------------------------------------------------------------------
@@ -327,61 +333,14 @@ class GhostExecutor(MultiprocExecutor):
     ) -> Any:
         """vLLM's RPC, bounded once the server is up. A rank that dies meanwhile is replaced, and the call repeated."""
         with self.session.lock:
-            if method in WEIGHT_CHANGES and self.session.scheduler is not None:
-                self.weights_changed_by = method
-            try:
-                results = self._call(method, timeout, args, kwargs or {}, unique_reply_rank)
-            except (RanksDied, RankSilent) as failure:
-                if self.session.scheduler is None:
-                    raise RuntimeError(f"a worker ended while the server was starting: {failure}") from None
-                self._recover(failure)
-                if isinstance(failure, RankSilent):
-                    raise TimeoutError(f"RPC call to {method} timed out: {failure}") from None
-                results = self._call(method, timeout, args, kwargs or {}, unique_reply_rank)
+            results = call_ranks(
+                self, method, timeout_s=timeout, args=args, kwargs=kwargs or {}, rank=unique_reply_rank
+            )
         if not non_block:
             return results
         future: Future[Any] = Future()
         future.set_result(results)
         return future
-
-    def _call(
-        self,
-        method: Any,
-        timeout: float | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        rank: int | None,
-    ) -> Any:
-        assert self.rpc_broadcast_mq is not None
-        self._collect_replies()
-        name = method if isinstance(method, str) else cloudpickle.dumps(method)
-        self.rpc_broadcast_mq.enqueue((name, args, kwargs, rank))
-        ranks = range(self.world_size) if rank is None else [rank]
-        serving = self.session.scheduler is not None  # before that a model loads, for as long as it takes
-        longest_s = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS if serving else math.inf
-        try:
-            replies = self.ring.collect(ranks, timeout_s=longest_s if timeout is None else timeout)
-        except (RankRaised, RankSilent) as failure:
-            # Replies that are on their way would be taken for answers to the next call.
-            silent = self.ring.drain(
-                range(self.world_size), gone=(), timeout_s=self.settings.config.leave_timeout
-            )
-            if silent:
-                raise RankSilent(silent, f"ranks {sorted(silent)} do not answer") from None
-            if isinstance(failure, RankSilent):
-                raise TimeoutError(f"RPC call to {method} timed out: {failure.reason}") from None
-            raise RuntimeError(f"Worker failed with error '{failure.reason}'") from None
-        return list(replies.values()) if rank is None else replies[rank]
-
-    def _collect_replies(self) -> None:
-        """Steps in flight answer before the call does. Their answers are kept; accepting them is their owner's."""
-        for step in self.open_steps:
-            while len(step.replies) < step.replies_due:
-                try:
-                    step.replies.append(self._wait_for_reply(step))
-                except RankRaised as failure:
-                    step.replies.append(failure)
-                    raise RuntimeError(f"a step in flight failed: {failure.reason}") from None
 
     def give_up(self, reason: str) -> None:
         """The group cannot be repaired: clients get an error and the process ends."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ghostserve.engine.request_state import WorkersView, increment_of
+from ghostserve.recovery.step_times import StepSize
 from ghostserve.shadow.manifest import Piece
 from ghostserve.shadow.step_plan import NULL_BLOCK, BlockTables, Write
 
@@ -25,6 +26,9 @@ class OpenStep:
     scheduler_output: Any
     sent: Any
     pieces: tuple[Piece, ...]
+    size: StepSize
+    sent_at_s: float  # first
+    disturbed: bool = False  # a recovery came in between: it says nothing about how long such steps take
     grammar_output: Any = None
     sampling: bool = False  # the engine core has asked for the tokens
     executed: bool = False  # the reply to its first half was taken
@@ -48,7 +52,7 @@ class OpenStep:
 
     def forget_replies(self) -> None:
         """Whatever was answered belongs to an epoch that was given up."""
-        self.executed, self.output = False, None
+        self.executed, self.output, self.disturbed = False, None, True
         self.replies.clear()
 
 

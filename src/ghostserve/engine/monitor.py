@@ -1,4 +1,4 @@
-"""Notices a worker's death at once, also while the engine is idle; and the front's, half a second later.
+"""Notices a worker's death at once, also while the engine is idle; a stopped worker and the front's death soon after.
 
 While a step is open the main thread repairs the group from within its wait; the monitor only repairs when
 nothing is open, under the same lock.
@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 from ghostserve.clock import monotonic_s
-from ghostserve.engine.ring import RanksDied
+from ghostserve.engine.ring import RanksDied, RankSilent
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ class Monitor:
                 return
             if self._executor.leftovers.server_gone():
                 self._executor.end_without_server()
-            dead = self._executor.ring.dead()
-            if not dead:
+            if not (self._executor.ring.dead() or self._executor.ring.hung()):
                 continue
             if self.noticed_at_s is None:
                 self.noticed_at_s = monotonic_s()
@@ -59,12 +58,15 @@ class Monitor:
             return False
         try:
             scheduler = executor.session.scheduler
-            dead = executor.ring.dead()
-            if not dead or self._stopping.is_set():
+            dead, hung = executor.ring.dead(), executor.ring.hung()
+            if not (dead or hung) or self._stopping.is_set():
                 return True
             if scheduler is None or scheduler.open:
                 return False
-            executor.performer.recover(RanksDied(dead, "noticed while idle"))
+            if dead:
+                executor.performer.recover(RanksDied(dead, "noticed while idle"))
+            else:
+                executor.performer.recover(RankSilent(hung, "stopped while idle"))
             return True
         except Exception:
             logger.exception("a repair in idle time failed")

@@ -237,6 +237,7 @@ class Performer:
         ring.collect(survivors, timeout_s=timeout_s)
         executor.starter.meeting.close()
         executor.note_segments()
+        executor.watch.regrouped()
         self._mark_start(lost, started_s)
 
     def _await_ready(self, rank: int, handle: Any, *, deadline_s: float) -> None:
@@ -247,6 +248,8 @@ class Performer:
                 raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} ended while starting")
             if died := executor.ring.dead() - self.lost:
                 raise RanksDied(died, f"rank {sorted(died)} died during the regroup")
+            if hung := executor.ring.hung():
+                raise RankSilent(hung, f"process of rank {sorted(hung)} is stopped")
             if monotonic_s() > deadline_s:
                 raise RankSilent(frozenset({rank}), f"the replacement of rank {rank} was not ready in time")
         try:
@@ -262,6 +265,8 @@ class Performer:
         while not worker.worker_response_mq.local_socket.poll(20):
             if not worker.proc.is_alive():
                 raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} ended while starting")
+            if hung := self._executor.ring.hung():
+                raise RankSilent(hung, f"process of rank {sorted(hung)} is stopped")
             if monotonic_s() > deadline_s:
                 raise RankSilent(frozenset({rank}), f"the replacement of rank {rank} was not ready in time")
         worker.worker_response_mq.wait_until_ready()

@@ -12,6 +12,7 @@ import select
 import signal
 import weakref
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 
 class WatchedProcess(ForkServerProcess):
@@ -55,3 +56,20 @@ class WatchedProcess(ForkServerProcess):
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signum)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger holds this process; False if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return stat[stat.rindex(b")") + 2 :][:1] in (b"T", b"t")
+
+
+def starved_s(pid: int) -> float:
+    """How long the process's main thread was ready to run and had no processor, in all; 0 where Linux does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0

@@ -43,12 +43,13 @@ class RankRaised(Exception):
 
 
 class RankSilent(Exception):
-    """A rank did not answer within its deadline."""
+    """Ranks did not answer within their deadline. `by_time`: only the time says so, and of who was to answer."""
 
-    def __init__(self, ranks: frozenset[int], reason: str) -> None:
+    def __init__(self, ranks: frozenset[int], reason: str, *, by_time: bool = False) -> None:
         super().__init__(reason)
         self.ranks = ranks
         self.reason = reason
+        self.by_time = by_time
 
 
 class Ring:
@@ -57,6 +58,7 @@ class Ring:
     def __init__(self, executor: Any) -> None:
         self._executor = executor
         self._token = 0
+        self.hung: Callable[[], frozenset[int]] = frozenset  # ranks whose process is stopped for too long
 
     # -- who is there ----------------------------------------------------------------------------------
 
@@ -89,9 +91,16 @@ class Ring:
     # -- waiting ---------------------------------------------------------------------------------------
 
     def wait_for_reply(
-        self, rank: int, *, deadline_s: float, failed: Callable[[], int | None], expect_alive: Collection[int]
+        self,
+        rank: int,
+        *,
+        deadline_s: float,
+        failed: Callable[[], int | None],
+        expect_alive: Collection[int],
+        look: Callable[[], None] = lambda: None,
     ) -> Any:
-        """The next reply of a rank. `failed` names a rank whose stamp says that the step failed there.
+        """The next reply of a rank. `failed` names a rank whose stamp says that the step failed there; `look` is called
+        every `SLICE_S` and may raise.
 
         Raises RanksDied, RankRaised or RankSilent.
         """
@@ -103,8 +112,12 @@ class Ring:
                     raise RanksDied(died, _exits(died)) from None
                 if (raised := failed()) is not None:
                     self._raise(raised, f"rank {raised} failed its step", expect_alive)
+                look()
+                if hung := self.hung() & frozenset(expect_alive):
+                    raise RankSilent(hung, f"process of rank {_names(hung)} is stopped") from None
                 if monotonic_s() > deadline_s:
-                    raise RankSilent(frozenset({rank}), f"rank {rank} did not answer in time") from None
+                    reason = f"rank {rank} did not answer in time"
+                    raise RankSilent(frozenset({rank}), reason, by_time=True) from None
                 continue
             if status == SUCCESS and not isinstance(result, StepLeft):
                 return result
@@ -168,7 +181,7 @@ class Ring:
                 try:
                     _, result = self._next_reply(rank)
                 except TimeoutError:
-                    if monotonic_s() > deadline_s or rank in self.dead():
+                    if monotonic_s() > deadline_s or rank in self.dead() | self.hung():
                         silent.add(rank)
                         break
                     continue
@@ -178,4 +191,8 @@ class Ring:
 
 
 def _exits(ranks: frozenset[int]) -> str:
-    return f"process of rank {', '.join(map(str, sorted(ranks)))} exited"
+    return f"process of rank {_names(ranks)} exited"
+
+
+def _names(ranks: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))

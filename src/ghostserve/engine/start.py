@@ -69,6 +69,7 @@ class Starter:
         """Start a process for a rank; `join_at` where it is to enter the ring, None at the server's start."""
         executor = self._executor
         executor.session.page.clear_marks(rank)
+        executor.session.page.clear_progress(rank)
         return start_worker(
             self._context,
             WorkerStart(

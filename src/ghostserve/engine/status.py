@@ -47,6 +47,7 @@ class StatusWriter:
             try:
                 if not self._executor.open_steps:
                     self._executor.session.guard.sweep()
+                self._executor.watch.look_for_slow()
                 self.write()
             except Exception:
                 logger.exception("the state page could not be written")
@@ -85,11 +86,14 @@ class StatusWriter:
         pid = self._executor.workers[rank].proc.pid
         lost = rank in self._executor.performer.lost or rank in self._executor.ring.dead()
         state = RankState.LOST if lost else RankState.ALIVE
+        health, reason = self._executor.watch.health(rank)
         return {
             "rank": rank,
             "pid": pid,
             "start_time": start_time(pid),
             "state": state.value,
+            "health": health.value,
+            "health_reason": reason,
             "title": f"VLLM::Worker_TP{rank}",
         }
 

@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from ghostserve.arena.control import ControlPage, Fault, FaultPoint, Mark, StampStatus, Switch
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.engine import compat, faults, runner_v1, runner_v2
+from ghostserve.engine import communicator, compat, faults, runner_v1, runner_v2
 from ghostserve.engine.epoch_watch import EpochWatch
 from ghostserve.engine.graphs import capture_graphs, drop_graphs, warm_up
 from ghostserve.engine.groups import abandon_groups, form_groups, leave_groups, peer_left
@@ -77,6 +77,8 @@ class GhostWorkerMixin:
         self._fault(FaultPoint.SPAWN)
         self._page.mark(self.rank, Mark.IMPORTS_DONE, monotonic_s())
         self._fault(FaultPoint.REGROUP)
+        if current_platform.is_cpu():
+            communicator.show_progress(self._page.progress_words(self.rank))
         if current_platform.is_cuda():
             self._watch = EpochWatch(self._page, abandon=abandon_groups)
             self._watch.groups_of(self._page.epoch)
@@ -158,8 +160,11 @@ class GhostWorkerMixin:
             return StepLeft(reason=f"rank {self.rank}: a step of epoch {message.epoch}, now {self._epoch}")
         if self._failed_at is not None:
             return StepLeft(reason=f"rank {self.rank}: refused after the failed step {self._failed_at}")
+        began_s = monotonic_s()
         try:
-            return part()
+            output = part()
+            self._page.add_step_time(self.rank, monotonic_s() - began_s)
+            return output
         except Exception as error:
             self._failed_at = (message.epoch, message.step)
             left = peer_left(error)

@@ -44,10 +44,18 @@ struct lane {
     uint32_t abort;    /* lane 0: not zero once the group is given up */
 } __attribute__((aligned(LINE)));
 
+/* What a rank lets others see of it, for whoever judges which rank holds the others up. Its own line of shared memory. */
+struct progress {
+    uint64_t met;       /* rounds announced since the group was formed; the same on all ranks that are equally far */
+    uint64_t waited_ns; /* spent waiting for peers, in all */
+    uint64_t waiting;   /* 1 while it waits for a peer */
+};
+
 /* One rank's view of its group; lives in the caller's memory and is used by one thread at a time. */
 struct group {
     struct lane *lanes;        /* [ranks], shared */
     uint8_t *slots;            /* [ranks][2][slot_bytes], shared */
+    struct progress *progress; /* shared */
     const int32_t *pidfds;     /* [ranks]: readable once that rank's process has ended; negative: not watched */
     uint64_t slot_bytes;       /* a multiple of LINE */
     uint64_t timeout_ns;
@@ -117,22 +125,31 @@ static int sleep_on(struct group *g, uint32_t rank, uint64_t deadline) {
     return status;
 }
 
+static int wait_for(struct group *g, uint32_t rank, uint64_t deadline) {
+    uint32_t seen, spins = 0;
+    while (!reached(&g->lanes[rank], g->round, &seen)) {
+        if (spins++ < g->spins) {
+            relax();
+            continue;
+        }
+        const int status = sleep_on(g, rank, deadline);
+        if (status != DONE) return status;
+    }
+    return DONE;
+}
+
 /* Announce this round and wait for everybody's. */
 static int meet(struct group *g) {
+    struct progress *seen = g->progress;
+    const uint64_t began = now_ns();
+    __atomic_store_n(&seen->met, seen->met + 1, __ATOMIC_RELAXED);
     announce(g);
-    const uint64_t deadline = now_ns() + g->timeout_ns;
-    for (uint32_t r = 0; r < g->ranks; r++) {
-        uint32_t seen, spins = 0;
-        while (!reached(&g->lanes[r], g->round, &seen)) {
-            if (spins++ < g->spins) {
-                relax();
-                continue;
-            }
-            const int status = sleep_on(g, r, deadline);
-            if (status != DONE) return status;
-        }
-    }
-    return DONE; /* also when somebody has left since: what this round is about is all there */
+    __atomic_store_n(&seen->waiting, 1, __ATOMIC_RELAXED);
+    int status = DONE; /* also when somebody has left since: what this round is about is all there */
+    for (uint32_t r = 0; status == DONE && r < g->ranks; r++) status = wait_for(g, r, began + g->timeout_ns);
+    __atomic_store_n(&seen->waiting, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&seen->waited_ns, seen->waited_ns + (now_ns() - began), __ATOMIC_RELAXED);
+    return status;
 }
 
 static uint8_t *slot(const struct group *g, uint32_t rank, uint32_t round) {

@@ -1,17 +1,27 @@
-"""Which ranks are dead, judged from exits and from stamps; pure.
+"""Which ranks are dead, slow or suspect, judged from exits, stamps and the progress of collectives; pure.
 
-Knows no process and reads no clock: the caller collects `RankView`s (pidfds, stamps in the arena) and acts.
+Knows no process and reads no clock: the caller samples (`RankSample`) and acts. The detector remembers, for each rank,
+for how long nothing about it has changed while work was open (`quiet_s`).
 
-How far a rank is with the step in flight, from its last stamp:
+How far a rank is with the open work, compared in this order:
 
-    0 NOT_SEEN   no stamp of this (epoch, step)
-    1 BEGUN      stamped with the status RUNNING: it may be waiting in a collective for a slower rank
-    2 ANSWERED   stamped with any other status, also that of a failure, or stamped a later step
+    0 NOT_SEEN   no stamp of this (epoch, step)            met: rounds of collectives begun since the groups were
+    1 BEGUN      stamped, not finished                      formed. A rank that waits for peers has met one more round
+    2 ANSWERED   finished, failed, or at a later step       than the one it waits for.
 
-Once the deadline has passed, the ranks that are furthest behind are dead: they hold up the others, who are
-only suspect. If all are equally far, nobody can be told apart; all are suspect until `all_stuck_s`, then all
-are dead. While a rank's exit explains why the others wait, none of them is judged dead by time. A later issue
-adds finer signs.
+Once a rank that has not answered was quiet for longer than the deadline:
+
+    some are further behind than others           those are dead: they hold up the others, who are suspect
+    all equally far, some wait for a peer         those who do not wait are dead
+    all equally far, nobody can be told apart     suspect; after `ALL_STUCK_FACTOR` deadlines all of them are dead
+    all have finished, one does not answer        it is dead
+    stopped (SIGSTOP, a debugger)                 dead, whatever the others do
+    an exit explains the wait                     the exited are dead; nobody else is judged by time
+
+The deadline is `factor` times what such work is expected to take, not below a floor and not above a ceiling; a rank
+that makes progress is never late, however long a prefill takes. Time in which the observer itself did not look, or in
+which a rank was ready to run and got no processor, is not held against a rank (compare local health in Lifeguard,
+Dadgar et al. 2018): a busy or suspended machine is not a hang.
 """
 
 from __future__ import annotations
@@ -21,22 +31,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-RUNNING = "running"  # the stamp status of a rank that has begun a step and not finished it
-SLOW_SHARE = 0.5  # of the deadline: from here on a rank is shown as slow
-ALL_STUCK_FACTOR = 2.0  # of the deadline: default bound for "all are equally stuck"
+ALL_STUCK_FACTOR = 2.0  # of the deadline
+SUSPECT_SHARE = 0.5  # of the deadline: from here on a rank is shown as suspect
+LOOK_MAX_S = 0.1  # what one look adds to `quiet_s` at most: longer, and the observer itself was asleep
 
 
 class Health(Enum):
     """What others may conclude about a rank."""
 
     ALIVE = "alive"  # nothing wrong
-    SLOW = "slow"  # still within its deadline; shown, nothing done
-    SUSPECT = "suspect"  # past the deadline, but somebody else may be the cause; do not fence yet
+    SLOW = "slow"  # makes progress, but takes much longer than the others; shown, evicted only if asked for
+    SUSPECT = "suspect"  # quiet for long, but not past its deadline, or somebody else may be the cause
     DEAD = "dead"  # fence and replace
 
 
+class Stage(Enum):
+    """What is being waited for; each has a ceiling of its own."""
+
+    FIRST_STEP = (
+        "first step"  # after a start or a regroup, or the first of its size: kernels compile, caches are cold
+    )
+    STEP = "step"  # such a step was seen before
+
+
 class Progress(Enum):
-    """How far a rank is with the step in flight; see the module's head."""
+    """How far a rank is with the open step; see the module's head."""
 
     NOT_SEEN = 0
     BEGUN = 1
@@ -44,16 +63,49 @@ class Progress(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankView:
+class Limits:
+    """Configuration, in seconds. `floor_s` 0: nobody is judged by time."""
+
+    floor_s: float
+    ceiling_s: float
+    first_step_s: float
+    factor: float = 5.0
+
+    def deadline_s(self, stage: Stage, expected_s: float) -> float:
+        """How long a rank may be quiet."""
+        if stage is Stage.FIRST_STEP:
+            return max(self.floor_s, self.first_step_s)
+        return min(max(self.floor_s, self.factor * expected_s), max(self.floor_s, self.ceiling_s))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSample:
     """What is known about one rank at one moment. The stamp is its last one, whatever step that was."""
 
     rank: int
-    exited: bool
-    exit_code: int | None  # as multiprocessing tells it: -9 is SIGKILL; None while running or if unknown
-    stamp_epoch: int
-    stamp_step: int
-    stamp_status: str
-    stamp_at_s: float
+    exited: bool = False
+    exit_code: int | None = (
+        None  # as multiprocessing tells it: -9 is SIGKILL; None while running or if unknown
+    )
+    stopped: bool = False  # by a signal or a debugger
+    epoch: int = 0
+    step: int = 0
+    at_work: bool = False  # the stamp says that the step was begun and not finished there
+    status: str = ""  # the stamp in a word, for reasons
+    met: int = 0
+    waiting: bool = False  # for a peer, in a collective
+    starved_s: float = 0.0  # total time ready to run without a processor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenWork:
+    """What every rank is expected to answer."""
+
+    epoch: int
+    step: int
+    stage: Stage
+    expected_s: float
+    awaits: int | None = None  # the rank whose answer is missing, even if it has finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,62 +117,99 @@ class RankVerdict:
     reason: str
 
 
-def verdict(
-    now_s: float,
-    ranks: Sequence[RankView],
-    *,
-    epoch: int,
-    step: int,
-    step_started_at_s: float | None,
-    deadline_s: float,
-    all_stuck_s: float | None = None,
-) -> list[RankVerdict]:
-    """Judge every rank, in the given order. Remembers nothing: call it with a fresh view each time.
+class Detector:
+    """Judges all ranks of one group at each look. Not thread-safe."""
 
-    `step_started_at_s`: None when no step is in flight; then only exits count. `all_stuck_s`: for how long no
-    rank may be ahead of another; at least `deadline_s`, by default `ALL_STUCK_FACTOR` times that.
-    """
-    stuck_s = max(deadline_s, ALL_STUCK_FACTOR * deadline_s if all_stuck_s is None else all_stuck_s)
-    exited = [v.rank for v in ranks if v.exited]
-    waiting = [v for v in ranks if not v.exited and _progress(v, epoch, step) is not Progress.ANSWERED]
-    behind = min((_progress(v, epoch, step).value for v in ranks if not v.exited), default=0)
-    someone_is_ahead = any(_progress(v, epoch, step).value > behind for v in ranks if not v.exited)
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._work: OpenWork | None = None
+        self._looked_at_s = 0.0
+        self._before: dict[int, RankSample] = {}
+        self._quiet_s: dict[int, float] = {}
 
-    def judge(view: RankView) -> RankVerdict:
-        if view.exited:
-            return RankVerdict(rank=view.rank, state=Health.DEAD, reason=exit_reason(view.exit_code))
-        if step_started_at_s is None:
-            return RankVerdict(rank=view.rank, state=Health.ALIVE, reason="no step in flight")
-        if view not in waiting:
-            return RankVerdict(rank=view.rank, state=Health.ALIVE, reason=f"step {step}: {view.stamp_status}")
-        waited_s = now_s - step_started_at_s
-        state, why = _overdue(waited_s)
-        if state is Health.SUSPECT:
+    def quiet_s(self, rank: int) -> float:
+        """For how long nothing about this rank has changed while the present work was open."""
+        return self._quiet_s.get(rank, 0.0)
+
+    def look(self, now_s: float, samples: Sequence[RankSample], work: OpenWork | None) -> list[RankVerdict]:
+        """Judge every rank, in the given order. Call it again and again while work is open; None: nothing is."""
+        same = work is not None and self._work is not None and _same(work, self._work)
+        gone_s = min(max(now_s - self._looked_at_s, 0.0), LOOK_MAX_S) if same else 0.0
+        for sample in samples:
+            self._count(sample, gone_s if same else None)
+        self._work, self._looked_at_s = work, now_s
+        self._before = {sample.rank: sample for sample in samples}
+        if work is None:
+            return [_idle(sample) for sample in samples]
+        return self._judge(samples, work)
+
+    def _count(self, sample: RankSample, gone_s: float | None) -> None:
+        before = self._before.get(sample.rank)
+        if gone_s is None or before is None or _moved(before, sample):
+            self._quiet_s[sample.rank] = 0.0
+            return
+        starved_s = min(max(sample.starved_s - before.starved_s, 0.0), gone_s)
+        self._quiet_s[sample.rank] += gone_s - starved_s
+
+    def _judge(self, samples: Sequence[RankSample], work: OpenWork) -> list[RankVerdict]:
+        deadline_s = self.limits.deadline_s(work.stage, work.expected_s)
+        present = [sample for sample in samples if not sample.exited]
+        exited = [sample.rank for sample in samples if sample.exited]
+        places = {sample.rank: _place(sample, work) for sample in present}
+        behind = min(places.values(), default=(0, 0))
+        someone_is_ahead = any(place > behind for place in places.values())
+        someone_waits = any(sample.waiting for sample in present)
+        all_answered = all(_progress(sample, work) is Progress.ANSWERED for sample in present)
+
+        def judge(sample: RankSample) -> RankVerdict:
+            if sample.exited:
+                return _verdict(sample, Health.DEAD, exit_reason(sample.exit_code))
+            owes_answer = all_answered and sample.rank == work.awaits
+            if _progress(sample, work) is Progress.ANSWERED and not owes_answer:
+                return _verdict(sample, Health.ALIVE, f"step {work.step}: {sample.status}")
+            quiet_s = self._quiet_s[sample.rank]
+            why = f"step {work.step}: no progress for {quiet_s:.2f} s of {deadline_s:.2f} s"
+            if not self.limits.floor_s or quiet_s <= SUSPECT_SHARE * deadline_s:
+                return _verdict(sample, Health.ALIVE, why)
+            if quiet_s <= deadline_s:
+                return _verdict(sample, Health.SUSPECT, why)
+            if sample.stopped:
+                return _verdict(sample, Health.DEAD, f"{why}; its process is stopped")
+            if owes_answer:
+                return _verdict(sample, Health.DEAD, f"{why}; it has finished, and its answer does not come")
             if exited:
-                why += f"; waits for rank {', '.join(map(str, exited))}, which is gone"
-            elif someone_is_ahead and _progress(view, epoch, step).value == behind:
-                state, why = Health.DEAD, why + "; the others are further on"
-            elif someone_is_ahead:
-                why += "; others are further behind"
-            elif waited_s > stuck_s:
-                state, why = Health.DEAD, why + f"; all ranks stuck for more than {stuck_s:.1f} s"
-            else:
-                why += "; all ranks equally far"
-        why += f"; last stamp {now_s - view.stamp_at_s:.1f} s ago"
-        return RankVerdict(rank=view.rank, state=state, reason=why)
+                return _verdict(sample, Health.SUSPECT, f"{why}; rank {_names(exited)} is gone")
+            if someone_is_ahead:
+                if places[sample.rank] == behind:
+                    return _verdict(sample, Health.DEAD, f"{why}; the others are further on")
+                return _verdict(sample, Health.SUSPECT, f"{why}; others are further behind")
+            if someone_waits:
+                if not sample.waiting:
+                    return _verdict(sample, Health.DEAD, f"{why}; its peers wait for it")
+                if not all(other.waiting for other in present):
+                    return _verdict(sample, Health.SUSPECT, f"{why}; it waits for a peer")
+            if quiet_s > ALL_STUCK_FACTOR * deadline_s:
+                return _verdict(sample, Health.DEAD, f"{why}; all ranks are stuck")
+            return _verdict(sample, Health.SUSPECT, f"{why}; all ranks are equally far")
 
-    def _overdue(waited_s: float) -> tuple[Health, str]:
-        why = f"step {step} not answered for {waited_s:.1f} of {deadline_s:.1f} s"
-        if waited_s > deadline_s:
-            return Health.SUSPECT, why
-        return (Health.SLOW if waited_s > SLOW_SHARE * deadline_s else Health.ALIVE), why
-
-    return [judge(view) for view in ranks]
+        return [judge(sample) for sample in samples]
 
 
 def dead_ranks(verdicts: Sequence[RankVerdict]) -> frozenset[int]:
     """Those to be fenced and replaced."""
     return frozenset(v.rank for v in verdicts if v.state is Health.DEAD)
+
+
+def laggards(samples: Sequence[RankSample], work: OpenWork) -> frozenset[int]:
+    """Those who are furthest behind with the open work; nobody where all have answered."""
+    open_ = [s for s in samples if not s.exited and _progress(s, work) is not Progress.ANSWERED]
+    behind = min((_place(sample, work) for sample in open_), default=None)
+    return frozenset(sample.rank for sample in open_ if _place(sample, work) == behind)
+
+
+def reasons(verdicts: Sequence[RankVerdict]) -> str:
+    """One line for the log: what is said of each rank."""
+    return "; ".join(f"rank {found.rank} {found.state.value}: {found.reason}" for found in verdicts)
 
 
 def exit_reason(exit_code: int | None) -> str:
@@ -135,9 +224,41 @@ def exit_reason(exit_code: int | None) -> str:
         return f"killed by signal {-exit_code}"
 
 
-def _progress(view: RankView, epoch: int, step: int) -> Progress:
-    if view.stamp_epoch != epoch or view.stamp_step < step:
+def _idle(sample: RankSample) -> RankVerdict:
+    if sample.exited:
+        return _verdict(sample, Health.DEAD, exit_reason(sample.exit_code))
+    return _verdict(sample, Health.ALIVE, "no step in flight")
+
+
+def _verdict(sample: RankSample, state: Health, reason: str) -> RankVerdict:
+    return RankVerdict(rank=sample.rank, state=state, reason=reason)
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _same(work: OpenWork, before: OpenWork) -> bool:
+    return (work.epoch, work.step) == (before.epoch, before.step)
+
+
+def _moved(before: RankSample, sample: RankSample) -> bool:
+    """Whether the rank has done anything since."""
+    return (before.epoch, before.step, before.status, before.met) != (
+        sample.epoch,
+        sample.step,
+        sample.status,
+        sample.met,
+    )
+
+
+def _place(sample: RankSample, work: OpenWork) -> tuple[int, int]:
+    return _progress(sample, work).value, sample.met
+
+
+def _progress(sample: RankSample, work: OpenWork) -> Progress:
+    if sample.epoch != work.epoch or sample.step < work.step:
         return Progress.NOT_SEEN
-    if view.stamp_step == step and view.stamp_status == RUNNING:
+    if sample.step == work.step and sample.at_work:
         return Progress.BEGUN
     return Progress.ANSWERED

@@ -1,0 +1,89 @@
+"""A rank that hangs is found, fenced and replaced; one that is only slow is not. TP=2, float32, eager."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from real.kit import SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(autouse=True)
+def _healthy(float32: Served):
+    float32.settle()
+    yield
+    float32.server.admin.disarm_faults()
+    float32.settle()
+
+
+def pid_of(served: Served, rank: int) -> int:
+    return int(served.server.status()["ranks"][rank]["pid"])
+
+
+def longest_gap_s(served: Served, ask: Ask, hurt: Hurt) -> tuple[Any, float]:
+    times: list[float] = []
+
+    def on_token(index: int, ids: Any, text: str, at_s: float) -> None:
+        times.append(at_s)
+        hurt(index, ids, text, at_s)
+
+    result = served.run(ask, on_token=on_token)
+    return result, max(after - before for before, after in zip(times, times[1:], strict=False))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_in_mid_answer(float32: Served, rank: int) -> None:
+    """SIGSTOP: the process lives, its peer waits in a collective, and both have begun the step."""
+    ask = Ask(max_tokens=150)
+    reference, before = float32.reference(ask), float32.recoveries()
+    pid = pid_of(float32, rank)
+    faulted, gap_s = longest_gap_s(float32, ask, Hurt(70, lambda: os.kill(pid, signal.SIGSTOP)))
+    assert_same(reference, faulted)
+    report = float32.recovery(after=before)
+    assert report["lost_pids"] == [pid], [(r["lost_pids"], r["reason"]) for r in float32.server.status()["recoveries"]]
+    assert_rebuilt(report, sealed=True)
+    assert gap_s > 0.9, "it was replaced before it could be called hung"
+
+
+@pytest.mark.parametrize("point", ["before_model", "after_model", "before_reply"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_nothing_more(float32: Served, rank: int, point: str) -> None:
+    """It runs, and never comes to its next collective, its stamp or its answer."""
+    reference, before = float32.reference(SEEDED), float32.recoveries()
+    pid = pid_of(float32, rank)
+    float32.arm(point=point, rank=rank, action="hang", skip=70)
+    assert_same(reference, float32.run(SEEDED))
+    report = float32.recovery(after=before)
+    assert report["lost_pids"] == [pid], [(r["lost_pids"], r["reason"]) for r in float32.server.status()["recoveries"]]
+    assert_rebuilt(report, sealed=True)
+
+
+def test_a_rank_stopped_while_idle(float32: Served) -> None:
+    before, pid = float32.recoveries(), pid_of(float32, 1)
+    os.kill(pid, signal.SIGSTOP)
+    report = float32.recovery(after=before)
+    assert report["lost_pids"] == [pid]
+    assert report["ok"]
+
+
+def test_a_rank_stopped_for_a_moment(float32: Served) -> None:
+    """Shorter than the limit: nobody is replaced."""
+    ask = Ask(max_tokens=150)
+    reference, before, pid = float32.reference(ask), float32.recoveries(), pid_of(float32, 1)
+
+    def pause() -> None:
+        os.kill(pid, signal.SIGSTOP)
+        float32.server.wait_status(
+            lambda status: status["ranks"][1]["health"] == "suspect", timeout_s=0.9, what="a suspicion"
+        )
+        os.kill(pid, signal.SIGCONT)
+
+    stop = Hurt(60, pause)
+    assert_same(reference, float32.run(ask, on_token=stop))
+    assert float32.recoveries() == before
+    assert pid_of(float32, 1) == pid
