@@ -1,215 +1,246 @@
-"""What recovery is told and tells: the detector's verdicts, the phase clock and report, and the event log."""
+"""The detector's verdicts, what it expects of steps, and who is slow: pure, in milliseconds."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import FrozenInstanceError, replace
-from itertools import product
+from dataclasses import replace
 
 import pytest
 
 from ghostserve.recovery.detector import (
-    RUNNING,
+    ALL_STUCK_FACTOR,
+    Detector,
     Health,
+    Limits,
+    OpenWork,
+    RankSample,
     RankVerdict,
-    RankView,
+    Stage,
     dead_ranks,
     exit_reason,
-    verdict,
+    laggards,
+    reasons,
 )
-from ghostserve.recovery.report import PhaseClock, RecoveryReport
-from ghostserve.types import Phase, RecoveryPath
+from ghostserve.recovery.slow import STEPS_MIN, WINDOW_S, SlowRanks, Work
+from ghostserve.recovery.step_times import StepSize, StepTimes
 
 EPOCH, STEP = 3, 70
-BEHIND = RankView(
-    rank=0,
-    exited=False,
-    exit_code=None,
-    stamp_epoch=EPOCH,
-    stamp_step=STEP - 1,
-    stamp_status="done",
-    stamp_at_s=99.0,
-)
-BEGUN = replace(BEHIND, stamp_step=STEP, stamp_status=RUNNING)
-ANSWERED = replace(BEHIND, stamp_step=STEP, stamp_status="done")
+LIMITS = Limits(floor_s=1.0, ceiling_s=100.0, first_step_s=30.0)
+WORK = OpenWork(epoch=EPOCH, step=STEP, stage=Stage.STEP, expected_s=0.01)
+BEHIND = RankSample(rank=0, epoch=EPOCH, step=STEP - 1, status="done", met=8)
+BEGUN = replace(BEHIND, step=STEP, at_work=True, status="begun")
+WAITS = replace(BEGUN, met=9, waiting=True)
+ANSWERED = replace(BEHIND, step=STEP, status="done", met=20)
 EXITED = replace(BEHIND, exited=True, exit_code=-9)
+STOPPED = replace(BEGUN, stopped=True)
 
 
 def judge(
-    *views: RankView, waited_s: float, in_flight: bool = True, all_stuck_s: float | None = None
+    *samples: RankSample, waited_s: float, work: OpenWork | None = WORK, limits: Limits = LIMITS
 ) -> list[RankVerdict]:
-    """Verdicts on these ranks after so long a wait; the deadline is 10 s."""
-    numbered = [replace(view, rank=rank) for rank, view in enumerate(views)]
-    return verdict(
-        100.0 + waited_s,
-        numbered,
-        epoch=EPOCH,
-        step=STEP,
-        deadline_s=10.0,
-        step_started_at_s=100.0 if in_flight else None,
-        all_stuck_s=all_stuck_s,
-    )
+    """Verdicts on ranks that stayed like this for so long, looked at fifty times per second."""
+    detector = Detector(limits)
+    numbered = [replace(sample, rank=rank) for rank, sample in enumerate(samples)]
+    looks = round(waited_s / 0.02)
+    for look in range(looks + 1):
+        verdicts = detector.look(100.0 + 0.02 * look, numbered, work)
+    return verdicts
 
 
-def states(verdicts: list[RankVerdict]) -> list[str]:
-    return [v.state.value for v in verdicts]
-
-
-# ---- detector ----
+def states(verdicts: list[RankVerdict]) -> str:
+    return " ".join(v.state.value for v in verdicts)
 
 
 @pytest.mark.parametrize(
-    ("views", "waited_s", "expected"),
+    ("samples", "waited_s", "expected"),
     [
-        pytest.param((BEHIND, BEHIND), 1.0, "alive alive", id="a step has just begun"),
-        pytest.param((ANSWERED, BEHIND), 6.0, "alive slow", id="past half of the deadline"),
-        pytest.param((ANSWERED, BEHIND), 10.0, "alive slow", id="the deadline itself is still in time"),
-        pytest.param((ANSWERED, BEHIND), 10.1, "alive dead", id="hung: the other has answered"),
-        pytest.param((BEGUN, BEHIND, BEGUN), 10.1, "suspect dead suspect", id="hung before the step"),
+        pytest.param((BEHIND, BEHIND), 0.2, "alive alive", id="a step has just been sent"),
+        pytest.param((ANSWERED, BEGUN), 0.6, "alive suspect", id="past half of the deadline"),
+        pytest.param((ANSWERED, BEGUN), 1.1, "alive dead", id="hung: the other has answered"),
+        pytest.param((WAITS, BEGUN), 1.1, "suspect dead", id="its peer is a round ahead and waits for it"),
+        pytest.param((BEGUN, BEHIND, BEGUN), 1.1, "suspect dead suspect", id="hung before the step"),
+        pytest.param((ANSWERED, BEGUN, BEHIND), 1.1, "alive suspect dead", id="only those furthest behind"),
         pytest.param(
-            (ANSWERED, BEGUN, BEHIND), 10.1, "alive suspect dead", id="only those furthest behind are dead"
+            (BEGUN, replace(BEGUN, waiting=True)), 1.1, "dead suspect", id="the one who does not wait"
         ),
-        pytest.param((BEHIND, BEHIND), 10.1, "suspect suspect", id="all equally stuck"),
-        pytest.param((BEGUN, BEGUN), 20.0, "suspect suspect", id="all equally stuck, in the step"),
-        pytest.param((BEGUN, BEGUN), 20.1, "dead dead", id="all equally stuck for too long"),
+        pytest.param((BEGUN, BEGUN), 1.1, "suspect suspect", id="nobody can be told apart"),
+        pytest.param((BEGUN, BEGUN), 2.1, "dead dead", id="nobody can be told apart for too long"),
+        pytest.param((WAITS, WAITS), 1.1, "suspect suspect", id="all wait for each other"),
+        pytest.param((WAITS, WAITS), 2.1, "dead dead", id="all wait for each other for too long"),
+        pytest.param((STOPPED, BEGUN), 1.1, "dead suspect", id="stopped"),
+        pytest.param((STOPPED, BEHIND), 1.1, "dead dead", id="stopped, and another one further behind"),
         pytest.param((EXITED, BEHIND), 0.1, "dead alive", id="an exit counts at once"),
         pytest.param((EXITED, BEGUN, BEHIND), 30.0, "dead suspect suspect", id="an exit explains the wait"),
-        pytest.param((EXITED, ANSWERED), 30.0, "dead alive", id="an exit while the other has answered"),
-        pytest.param((BEHIND,), 20.1, "dead", id="a single rank"),
+        pytest.param((BEHIND,), 2.1, "dead", id="a single rank"),
+        pytest.param((ANSWERED, ANSWERED), 99.0, "alive alive", id="all have answered"),
     ],
 )
-def test_verdict(views: tuple[RankView, ...], waited_s: float, expected: str) -> None:
-    assert states(judge(*views, waited_s=waited_s)) == expected.split()
+def test_verdict(samples: tuple[RankSample, ...], waited_s: float, expected: str) -> None:
+    assert states(judge(*samples, waited_s=waited_s)) == expected
 
 
-def test_only_exits_count_when_no_step_is_in_flight() -> None:
-    assert states(judge(BEHIND, EXITED, waited_s=1e6, in_flight=False)) == ["alive", "dead"]
+def test_one_that_finished_and_does_not_answer() -> None:
+    """Its peer may have begun the next step already, and waits there."""
+    ahead = replace(WAITS, step=STEP + 1)
+    awaited = replace(WORK, awaits=0)
+    assert states(judge(ANSWERED, ahead, waited_s=1.1, work=awaited)) == "dead alive"
+    assert states(judge(ANSWERED, BEGUN, waited_s=1.1, work=awaited)) == "alive dead"
 
 
-def test_a_failed_step_is_an_answer() -> None:
-    assert states(judge(replace(ANSWERED, stamp_status="failed"), waited_s=1e6)) == ["alive"]
+def test_progress_starts_the_clock_anew() -> None:
+    """However long a step takes: a rank whose collectives go on is not late."""
+    detector = Detector(LIMITS)
+    for look in range(2000):
+        met = look // 40  # one round in 0.8 s
+        verdicts = detector.look(0.02 * look, [replace(BEGUN, met=met)], WORK)
+    assert states(verdicts) in ("alive", "suspect")
 
 
-def test_a_stamp_of_a_later_step_is_an_answer() -> None:
-    assert states(judge(replace(BEGUN, stamp_step=STEP + 1), waited_s=1e6)) == ["alive"]
+def test_the_observers_own_absence_is_not_held_against_anybody() -> None:
+    detector = Detector(LIMITS)
+    detector.look(100.0, [BEGUN, ANSWERED], WORK)
+    verdicts = detector.look(160.0, [BEGUN, replace(ANSWERED, rank=1)], WORK)
+    assert states(verdicts) == "alive alive"
+    assert detector.quiet_s(0) < 0.2
+
+
+def test_a_rank_without_a_processor_is_not_hung() -> None:
+    """Of 4 s it was ready to run for 3.5 and had no processor."""
+    detector = Detector(LIMITS)
+    for look in range(201):
+        starved = replace(BEGUN, starved_s=0.0175 * look)
+        verdicts = detector.look(100.0 + 0.02 * look, [starved, replace(ANSWERED, rank=1)], WORK)
+    assert states(verdicts) == "alive alive"
+
+
+def test_idle_time_does_not_count() -> None:
+    detector = Detector(LIMITS)
+    for look in range(500):
+        assert states(detector.look(0.02 * look, [ANSWERED, replace(EXITED, rank=1)], None)) == "alive dead"
+    assert states(detector.look(10.0, [replace(ANSWERED)], replace(WORK, step=STEP + 1))) == "alive"
+
+
+def test_the_deadline_scales_with_what_is_expected() -> None:
+    assert LIMITS.deadline_s(Stage.STEP, 0.01) == 1.0
+    assert LIMITS.deadline_s(Stage.STEP, 3.0) == 15.0
+    assert LIMITS.deadline_s(Stage.STEP, 50.0) == 100.0
+    assert LIMITS.deadline_s(Stage.FIRST_STEP, 0.01) == 30.0
+    long = replace(WORK, expected_s=3.0)
+    assert states(judge(ANSWERED, BEGUN, waited_s=14.0, work=long)) == "alive suspect"
+    assert states(judge(ANSWERED, BEGUN, waited_s=15.1, work=long)) == "alive dead"
+
+
+def test_a_floor_of_zero_turns_judging_by_time_off() -> None:
+    limits = replace(LIMITS, floor_s=0.0)
+    assert states(judge(EXITED, BEGUN, waited_s=20.0, limits=limits)) == "dead alive"
 
 
 @pytest.mark.parametrize("epoch", [EPOCH - 1, EPOCH + 1])
 def test_a_stamp_of_another_epoch_says_nothing(epoch: int) -> None:
-    assert states(judge(ANSWERED, replace(ANSWERED, stamp_epoch=epoch), waited_s=11.0)) == ["alive", "dead"]
+    assert states(judge(ANSWERED, replace(ANSWERED, epoch=epoch), waited_s=1.1)) == "alive dead"
 
 
-@pytest.mark.parametrize(
-    ("all_stuck_s", "waited_s", "expected"),
-    [
-        (15.0, 14.9, "suspect"),
-        (15.0, 15.1, "dead"),
-        (0.0, 9.0, "slow"),
-        (0.0, 10.1, "dead"),  # never before the deadline
-    ],
-)
-def test_the_bound_for_all_stuck_is_the_callers(all_stuck_s: float, waited_s: float, expected: str) -> None:
-    assert states(judge(BEGUN, BEGUN, waited_s=waited_s, all_stuck_s=all_stuck_s)) == [expected, expected]
+def test_who_is_to_blame_where_only_time_tells() -> None:
+    named = [
+        replace(ANSWERED, rank=0),
+        replace(WAITS, rank=1),
+        replace(BEGUN, rank=2),
+        replace(BEGUN, rank=3),
+    ]
+    assert laggards(named, WORK) == {2, 3}
+    assert laggards(named[:1], WORK) == frozenset()
 
 
 def test_reasons_are_for_people() -> None:
-    dead, waiting = judge(EXITED, BEHIND, waited_s=12.0)
-    assert dead.reason == "killed by SIGKILL"
-    assert waiting.reason == (
-        "step 70 not answered for 12.0 of 10.0 s; waits for rank 0, which is gone; last stamp 13.0 s ago"
+    verdicts = judge(WAITS, BEGUN, waited_s=1.1)
+    assert dead_ranks(verdicts) == {1}
+    assert reasons(verdicts[1:]) == (
+        "rank 1 dead: step 70: no progress for 1.10 s of 1.00 s; the others are further on"
     )
+    assert states(judge(BEGUN, BEGUN, waited_s=1.1 * ALL_STUCK_FACTOR)) == "dead dead"
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"),
+    ("code", "expected"),
     [
         (None, "process is gone"),
         (0, "exited with 0"),
         (3, "exited with 3"),
+        (-9, "killed by SIGKILL"),
         (-11, "killed by SIGSEGV"),
-        (-200, "killed by signal 200"),
+        (-120, "killed by signal 120"),
     ],
 )
-def test_exit_reason(code: int | None, reason: str) -> None:
-    assert exit_reason(code) == reason
+def test_exit_reason(code: int | None, expected: str) -> None:
+    assert exit_reason(code) == expected
 
 
-def test_dead_ranks() -> None:
-    verdicts = judge(EXITED, ANSWERED, EXITED, waited_s=1.0)
-    assert dead_ranks(verdicts) == {0, 2}
-    assert verdicts[1].state is Health.ALIVE
+# ---- what a step should take ----
 
 
-def test_no_ranks_no_verdicts() -> None:
-    assert judge(waited_s=1.0) == []
+def test_expectation_is_mean_and_four_deviations() -> None:
+    times = StepTimes()
+    size = StepSize(8, 1000)
+    assert times.expect(size) == (Stage.FIRST_STEP, 0.0)
+    for _ in range(100):
+        times.learn(size, 0.010)
+    stage, expected_s = times.expect(StepSize(9, 700))  # of the same class
+    assert stage is Stage.STEP
+    assert expected_s == pytest.approx(0.010, rel=0.01)
+    times.learn(size, 0.030)
+    assert times.expect(size)[1] > 0.025
 
 
-def test_worse_with_time_only() -> None:
-    """Whatever the ranks look like, waiting longer never makes a verdict milder."""
-    order = [h.value for h in Health]
-    for views in product((BEHIND, BEGUN, ANSWERED, EXITED), repeat=2):
-        seen = [states(judge(*views, waited_s=w / 2)) for w in range(60)]
-        for rank in range(2):
-            levels = [order.index(line[rank]) for line in seen]
-            assert levels == sorted(levels), (views, rank)
+def test_an_unseen_size_is_scaled_up_from_what_was_seen() -> None:
+    times = StepTimes()
+    for _ in range(50):
+        times.learn(StepSize(1, 100), 0.010)
+        times.learn(StepSize(256, 0), 0.200)
+    stage, expected_s = times.expect(StepSize(512, 0))
+    assert stage is Stage.FIRST_STEP
+    assert expected_s == pytest.approx(0.400, rel=0.05)
+    assert times.expect(StepSize(1, 300))[1] == pytest.approx(0.030, rel=0.05)
 
 
-# ---- phase clock and report ----
+# ---- who is slow ----
 
 
-def test_phase_clock_sums_up() -> None:
-    clock = PhaseClock(10.0)
-    clock.mark(Phase.DETECT, 10.25)
-    clock.mark(Phase.FENCE, 10.5)
-    clock.mark(Phase.SPAWN, 12.0)
-    clock.mark(Phase.FENCE, 12.5)  # a loss during the recovery
-    clock.check()
-    assert list(clock.phases_ms) == list(Phase)
-    assert clock.phases_ms[Phase.FENCE] == 750.0
-    assert clock.phases_ms[Phase.KV] == 0.0
-    assert clock.total_ms == 2500.0
+def feed(slow: SlowRanks, busy_s: list[float], *, step_s: float = 0.02, seconds: float = 5.0) -> list[int]:
+    """Ranks called slow after some seconds of steps in which they were busy for so long each."""
+    found: list[int] = []
+    for tick in range(int(seconds / 0.25)):
+        steps = int(0.25 * tick / step_s)
+        works = [
+            Work(in_steps_s=steps * step_s, waited_s=steps * (step_s - busy), steps=steps) for busy in busy_s
+        ]
+        found = [one.rank for one in slow.look(0.25 * tick, works)]
+    return found
 
 
-def test_phase_clock_takes_marks_that_ended_together() -> None:
-    clock = PhaseClock(0.0)
-    clock.mark(Phase.WEIGHTS, 2.0)
-    clock.mark(Phase.REGROUP, 1.5)  # ended earlier, reported later
-    clock.check()
-    assert clock.phases_ms[Phase.WEIGHTS] == 2000.0
-    assert clock.phases_ms[Phase.REGROUP] == 0.0
+@pytest.mark.parametrize(
+    ("busy_s", "expected"),
+    [
+        ([0.004, 0.005], []),
+        ([0.004, 0.018], [1]),
+        ([0.018, 0.004, 0.005, 0.004], [0]),
+        ([0.0001, 0.0009], []),  # nine times, and still nothing
+        ([0.018], []),
+    ],
+)
+def test_who_is_slow(busy_s: list[float], expected: list[int]) -> None:
+    assert feed(SlowRanks(factor=3.0), busy_s) == expected
 
 
-def report() -> RecoveryReport:
-    clock = PhaseClock(0.0)
-    clock.mark(Phase.SPAWN, 1.2345678)
-    return RecoveryReport(
-        epoch=2,
-        lost_ranks=(1,),
-        lost_pids=(4711,),
-        path=RecoveryPath.REBUILD,
-        ok=True,
-        reason="killed by SIGKILL",
-        phases_ms=clock.phases_ms,
-        total_ms=clock.total_ms,
-        kv_blocks_from_parity=12,
-        kv_blocks_from_mirrors=3,
-        kv_bytes_rebuilt=1 << 20,
-        tokens_recomputed=0,
-        requests_recomputed=0,
-    )
+def test_too_few_steps_say_nothing() -> None:
+    step_s = WINDOW_S / (STEPS_MIN - 5)
+    assert feed(SlowRanks(factor=3.0), [0.004, 0.5 * step_s], step_s=step_s, seconds=2 * WINDOW_S) == []
 
 
-def test_report_as_json() -> None:
-    data = json.loads(report().to_json())
-    assert "\n" not in report().to_json()
-    phases = "detect fence leave spawn regroup weights state kv retry"
-    assert list(data["phases_ms"]) == phases.split()
-    assert data["phases_ms"]["spawn"] == 1234.568
-    assert data["path"] == "rebuild"
-    assert data["lost_ranks"] == [1]
-    assert list(data) == list(RecoveryReport.__dataclass_fields__)
+def test_a_replacement_starts_with_a_clean_record() -> None:
+    slow = SlowRanks(factor=3.0)
+    assert feed(slow, [0.004, 0.018]) == [1]
+    fresh = Work(in_steps_s=0.0, waited_s=0.0, steps=0)
+    assert slow.look(10.0, [fresh, fresh]) == []
 
 
-def test_report_is_frozen() -> None:
-    with pytest.raises(FrozenInstanceError):
-        report().ok = False  # type: ignore[misc]
+def test_health_has_a_word_for_each() -> None:
+    assert [health.value for health in Health] == ["alive", "slow", "suspect", "dead"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from typing import Any
@@ -33,7 +34,7 @@ def longest_gap_s(served: Served, ask: Ask, hurt: Hurt) -> tuple[Any, float]:
         hurt(index, ids, text, at_s)
 
     result = served.run(ask, on_token=on_token)
-    return result, max(after - before for before, after in zip(times, times[1:], strict=False))
+    return result, max(after - before for before, after in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -45,7 +46,9 @@ def test_a_stopped_rank_in_mid_answer(float32: Served, rank: int) -> None:
     faulted, gap_s = longest_gap_s(float32, ask, Hurt(70, lambda: os.kill(pid, signal.SIGSTOP)))
     assert_same(reference, faulted)
     report = float32.recovery(after=before)
-    assert report["lost_pids"] == [pid], [(r["lost_pids"], r["reason"]) for r in float32.server.status()["recoveries"]]
+    assert report["lost_pids"] == [pid], [
+        (r["lost_pids"], r["reason"]) for r in float32.server.status()["recoveries"]
+    ]
     assert_rebuilt(report, sealed=True)
     assert gap_s > 0.9, "it was replaced before it could be called hung"
 
@@ -59,7 +62,9 @@ def test_a_rank_that_does_nothing_more(float32: Served, rank: int, point: str) -
     float32.arm(point=point, rank=rank, action="hang", skip=70)
     assert_same(reference, float32.run(SEEDED))
     report = float32.recovery(after=before)
-    assert report["lost_pids"] == [pid], [(r["lost_pids"], r["reason"]) for r in float32.server.status()["recoveries"]]
+    assert report["lost_pids"] == [pid], [
+        (r["lost_pids"], r["reason"]) for r in float32.server.status()["recoveries"]
+    ]
     assert_rebuilt(report, sealed=True)
 
 
