@@ -36,9 +36,13 @@ PURE = {  # decide, and do nothing: no torch, no clock, no process; tested in mi
     "arena/frames.py",
     "recovery/detector.py",
     "recovery/machine.py",
+    "shadow/commit_rule.py",
     "shadow/layout.py",
+    "shadow/log_progress.py",
     "shadow/manifest.py",
+    "shadow/protection.py",
     "shadow/step_plan.py",
+    "shadow/unwritten.py",
 }
 NOT_PURE = {
     "torch",

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from vllm import envs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from ghostserve.arena.control import LANE_ENGINE, ControlPage, StampStatus
+from ghostserve.arena.control import LANE_ENGINE, ControlPage
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import logs, session, weights_identity
@@ -37,6 +37,7 @@ from ghostserve.engine.settings import Settings
 from ghostserve.engine.start import Starter
 from ghostserve.engine.status import StatusWriter
 from ghostserve.engine.watch import Watch, size_of
+from ghostserve.shadow.commit_rule import first_unfinished, has_failed
 from ghostserve.shadow.packed_pieces import pack_pieces
 
 logger = logging.getLogger(__name__)
@@ -275,10 +276,9 @@ class GhostExecutor(MultiprocExecutor):
 
     def _failed_rank(self, step: OpenStep) -> int | None:
         """A rank whose stamp says that this step failed there."""
+        epoch, number = self._id(step)
         for rank in range(self.world_size):
-            stamp = self.session.page.read_stamp(rank)
-            failed = stamp.status in (StampStatus.FAILED, StampStatus.PEER_LEFT)
-            if failed and (stamp.epoch, stamp.step) == self._id(step):
+            if has_failed(self.session.page.read_stamp(rank), epoch=epoch, step=number):
                 return rank
         return None
 
@@ -300,24 +300,20 @@ class GhostExecutor(MultiprocExecutor):
         page, (epoch, number) = self.session.page, self._id(step)
         started_s = monotonic_s()
         deadline_s = started_s + envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
-        for rank in range(self.world_size):
-            while True:
-                stamp = page.read_stamp(rank)
-                # One that is at a later step has finished this one: it goes no further after a failure.
-                finished = stamp.step == number and stamp.status is StampStatus.DONE
-                if stamp.epoch == epoch and (finished or stamp.step > number):
-                    break
-                if (failed := self._failed_rank(step)) is not None:
-                    raise RankRaised(failed, f"rank {failed} failed its step")
-                if died := self.ring.dead():
-                    raise RanksDied(died, f"rank {sorted(died)} died before its stamp")
-                if monotonic_s() > deadline_s:
-                    raise RankSilent(frozenset({rank}), f"rank {rank} did not stamp step {number}")
-                if monotonic_s() - started_s < STAMP_SPIN_S:
-                    os.sched_yield()
-                else:
-                    self.watch.look(step)
-                    sleep_s(STAMP_POLL_S)
+        ranks = range(self.world_size)
+        while (rank := first_unfinished(page.read_stamp, ranks, epoch=epoch, step=number)) is not None:
+            ranks = range(rank, self.world_size)
+            if (failed := self._failed_rank(step)) is not None:
+                raise RankRaised(failed, f"rank {failed} failed its step")
+            if died := self.ring.dead():
+                raise RanksDied(died, f"rank {sorted(died)} died before its stamp")
+            if monotonic_s() > deadline_s:
+                raise RankSilent(frozenset({rank}), f"rank {rank} did not stamp step {number}")
+            if monotonic_s() - started_s < STAMP_SPIN_S:
+                os.sched_yield()
+            else:
+                self.watch.look(step)
+                sleep_s(STAMP_POLL_S)
 
     # -- other calls -----------------------------------------------------------------------------------
 

@@ -1,21 +1,20 @@
-"""Steps that were sent and are not accepted yet: what they are about to write, and how requests leave them.
+"""Steps that were sent and are not accepted yet: what they are, and how requests leave them.
 
-With asynchronous scheduling the next step is scheduled and sent before the result of this one is known. After a loss all
-of them run again, in order, over the state after the last accepted step; so nothing that one of them writes is there.
+What that means for the KV is `shadow/unwritten.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ghostserve.engine.request_state import WorkersView, increment_of
 from ghostserve.recovery.step_times import StepSize
 from ghostserve.shadow.manifest import Piece
-from ghostserve.shadow.step_plan import NULL_BLOCK, BlockTables, Write
+from ghostserve.shadow.unwritten import Unwritten
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,67 +55,10 @@ class OpenStep:
         self.replies.clear()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unwritten:
-    """What the steps in flight are to write, and what running them needs.
-
-    `writes`: in the order of the steps. `started`: requests that one of them starts or resumes, with the tokens that
-    each found computed: what the workers knew of them before is of no use.
-    """
-
-    writes: tuple[Write, ...]
-    started: dict[str, tuple[int, tuple[tuple[int, ...], ...]]]
-    scheduled: dict[str, int]  # tokens in flight by request, since it was started if it was
-
-    @classmethod
-    def of(cls, view: WorkersView, steps: Sequence[OpenStep], block_sizes: tuple[int, ...]) -> Unwritten:
-        """From what the workers know and what they were sent since."""
-        tables = BlockTables(
-            block_sizes,
-            {name: [list(ids) for ids in known.block_ids] for name, known in view.requests.items()},
-        )
-        writes: list[Write] = []
-        started: dict[str, tuple[int, tuple[tuple[int, ...], ...]]] = {}
-        scheduled: dict[str, int] = {}
-        for step in steps:
-            increment = increment_of(step.sent)
-            for request in increment.requests:
-                if request.replaces and request.blocks is not None:
-                    started[request.request_id] = (request.computed, request.blocks)
-                    scheduled[request.request_id] = 0
-                known = scheduled.get(request.request_id, 0)
-                scheduled[request.request_id] = known + request.scheduled
-            writes.extend(tables.apply(increment))
-        return cls(writes=tuple(writes), started=started, scheduled=scheduled)
-
-    def blocks(self, requests: Collection[str] | None = None) -> dict[int, int]:
-        """Blocks that these requests (or all) are to write -> slots that hold data before."""
-        slots: dict[int, int] = {}
-        for write in self.writes:
-            if requests is None or write.request_id in requests:
-                before = 0 if write.whole else write.start
-                slots[write.block] = min(before, slots.get(write.block, before))
-        return slots
-
-    def with_sharers(self, requests: Collection[str], used: dict[str, set[int]]) -> set[str]:
-        """These and all that count on blocks which these were to write: in the prefix cache, or in a later step."""
-        affected = set(requests)
-        while True:
-            unwritten = self.blocks(affected).keys()
-            sharing = {name for name, blocks in used.items() if blocks & unwritten} - affected
-            if not sharing:
-                return affected
-            affected |= sharing
-
-
-def written_slots(computed: int, table: Iterable[int], block_size: int) -> dict[int, int]:
-    """Block -> slots that hold data, of a request with so many tokens computed."""
-    slots = {
-        block: min(max(computed - index * block_size, 0), block_size)
-        for index, block in enumerate(table)
-        if block != NULL_BLOCK
-    }
-    return {block: count for block, count in slots.items() if count}
+def unwritten(view: WorkersView, steps: Iterable[OpenStep], block_sizes: tuple[int, ...]) -> Unwritten:
+    """What the steps in flight are to write. As they are sent now: an earlier attempt may have reduced them."""
+    tables = {name: [list(ids) for ids in known.block_ids] for name, known in view.requests.items()}
+    return Unwritten.of(tables, (increment_of(step.sent) for step in steps), block_sizes)
 
 
 def grammar_of(grammar_output: Any, requests: Collection[str]) -> Any | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ghostserve.shadow.packed_pieces import PackedPieces
@@ -91,25 +91,6 @@ class StateMessage:
     epoch: int
     requests: list[RequestSnapshot]
     random_state: bytes | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockRestore:
-    """How a lost rank gets one block back.
-
-    From a mirror: `frame` is its packed log. From parity: `frame` is None, `parity` the parity frames and
-    `survivors` the frames into which each surviving rank exports its live block.
-    `checksum` covers the log of the lost rank up to `slots`, `parity_checksums` the parity frames of a full block.
-    """
-
-    block: int
-    group: int
-    slots: int
-    checksum: int
-    frame: int | None
-    parity: tuple[int, ...] = ()
-    parity_checksums: tuple[int, ...] = ()
-    survivors: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
-from ghostserve.arena.control import Counter, Mark, StampStatus
+from ghostserve.arena.control import Counter, Mark
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import weights_identity
 from ghostserve.engine.messages import JoinMessage, RegroupMessage
@@ -45,6 +45,7 @@ from ghostserve.recovery.machine import (
     StepRaised,
 )
 from ghostserve.recovery.report import PhaseClock, RecoveryReport
+from ghostserve.shadow.commit_rule import raised_itself
 from ghostserve.types import Phase, RecoveryPath
 
 logger = logging.getLogger(__name__)
@@ -145,11 +146,10 @@ class Performer:
         if not self._executor.open_steps:
             return NOBODY
         step = self._executor.open_steps[0]
-        stamps = {rank: self._page.read_stamp(rank) for rank in range(self._executor.world_size)}
         return frozenset(
             rank
-            for rank, stamp in stamps.items()
-            if stamp.status is StampStatus.FAILED and (stamp.epoch, stamp.step) == (self.epoch, step.step)
+            for rank in range(self._executor.world_size)
+            if raised_itself(self._page.read_stamp(rank), epoch=self.epoch, step=step.step)
         )
 
     def _run(self, run: Run) -> list[Event]:

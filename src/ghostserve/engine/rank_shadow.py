@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import struct
-import zlib
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,14 @@ from ghostserve.arena.memfd import Segment
 from ghostserve.arena.staging import StagingArea
 from ghostserve.codec.base import Bytes, Codec
 from ghostserve.codec.choose import host_codec
-from ghostserve.engine.messages import ArenaGeometry, BlockRestore, RankLayout, RestoreReport
+from ghostserve.engine.messages import ArenaGeometry, RankLayout, RestoreReport
 from ghostserve.engine.probe import kv_storage, probe
-from ghostserve.engine.staging_keys import ack_key, random_key
 from ghostserve.errors import CorruptionError
 from ghostserve.shadow.host_staging import HostStaging
 from ghostserve.shadow.mirror import Mirror
 from ghostserve.shadow.packed_pieces import PackedPieces
+from ghostserve.shadow.restore import BlockRestore, rebuild_log
+from ghostserve.shadow.staging_keys import ack_key, random_key
 
 logger = logging.getLogger(__name__)
 
@@ -197,34 +197,29 @@ class RankShadow:
         )
 
     def _decode(self, mirror: Mirror, item: BlockRestore) -> Bytes:
-        """This rank's packed log of a coded block, from the survivors' exports and the parity.
-
-        If it comes out wrong, parities that differ from their own checksums are left out, as long as enough
-        others are left. The caller checks what is returned.
-        """
+        """This rank's packed log of a coded block, from the survivors' exports and the parity; not checked yet."""
         assert self._codec is not None
         nbytes = item.slots * mirror.slot_bytes(item.group)
-        shards = [
-            mirror.frame(item.survivors[rank])[:nbytes] if rank in item.survivors else None
-            for rank in range(self._ranks)
-        ]
-        parity = [mirror.frame(frame)[:nbytes] for frame in item.parity]
-        out = np.empty(nbytes, dtype=np.uint8)
-        self._codec.reconstruct([*shards, *parity], lost=[self._rank], out=[out])
-        if self._page.get_switch(Switch.SKIP_CHECKSUM) or zlib.crc32(out.data) == item.checksum:
-            return out
-        sound = [
-            shard if zlib.crc32(shard.data) == checksum else None
-            for shard, checksum in zip(parity, item.parity_checksums, strict=True)
-        ]
-        wrong, lost = (sum(shard is None for shard in some) for some in (sound, shards))
-        if 0 < wrong <= len(parity) - lost:
+        rebuilt = rebuild_log(
+            self._codec,
+            rank=self._rank,
+            data=[
+                mirror.frame(item.survivors[rank])[:nbytes] if rank in item.survivors else None
+                for rank in range(self._ranks)
+            ],
+            parity=[mirror.frame(frame)[:nbytes] for frame in item.parity],
+            parity_checksums=item.parity_checksums,
+            checksum=None if self._page.get_switch(Switch.SKIP_CHECKSUM) else item.checksum,
+        )
+        if rebuilt.left_out:
             logger.warning(
-                "block %d: %d of %d parity shards are wrong and left out", item.block, wrong, len(parity)
+                "block %d: %d of %d parity shards are wrong and left out",
+                item.block,
+                rebuilt.left_out,
+                len(item.parity),
             )
-            self._page.add(Counter.CHECKSUM_REFUSALS_TOTAL, wrong)
-            self._codec.reconstruct([*shards, *sound], lost=[self._rank], out=[out])
-        return out
+            self._page.add(Counter.CHECKSUM_REFUSALS_TOTAL, rebuilt.left_out)
+        return rebuilt.log
 
     # -- faults and proof ------------------------------------------------------------------------------
 

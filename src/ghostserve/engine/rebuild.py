@@ -7,17 +7,18 @@ use it recompute from their tokens, the prefix cache forgets it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ghostserve.arena.control import Counter, Switch
 from ghostserve.engine.budget import REBUILD_BLOCKS
-from ghostserve.engine.in_flight import Unwritten, without
-from ghostserve.engine.messages import BlockRestore, RestoreReport, StateMessage
+from ghostserve.engine.in_flight import unwritten, without
+from ghostserve.engine.messages import RestoreReport, StateMessage
 from ghostserve.engine.random_state import RandomState
 from ghostserve.engine.request_state import stuck_in_prompt_logprobs
-from ghostserve.shadow.manifest import Source
+from ghostserve.shadow.restore import decide, restores
+from ghostserve.shadow.unwritten import Unwritten
 
 logger = logging.getLogger(__name__)
 
@@ -104,51 +105,49 @@ class Rebuild:
         return self._recompute(set(), used, RebuildResult(), timeout_s=timeout_s)
 
     def _unwritten(self) -> Unwritten:
-        """What the steps in flight are to write. As they are sent now: an earlier attempt may have reduced them."""
-        sizes = self._session.scheduler.block_sizes()
-        return Unwritten.of(self._executor.view, self._executor.open_steps, sizes)
+        return unwritten(
+            self._executor.view, self._executor.open_steps, self._session.scheduler.block_sizes()
+        )
 
     def _restore_needed(
         self, needed: dict[int, tuple[int, int]], used: dict[str, set[int]], *, timeout_s: float
     ) -> RebuildResult:
         with self._guard.lock:
-            restores, lost_blocks = self._decide(needed)
+            plan = decide(
+                self._guard.manifest,
+                {block: slots for block, (_, slots) in needed.items()},
+                lost=self._lost,
+                forced=self._page.get_switch(Switch.FORCE_RECOMPUTE),
+            )
+        for block, reason in plan.lost.items():
+            logger.warning("block %d cannot be rebuilt: %s", block, reason)
         result = RebuildResult()
         refused: set[int] = set()
         for rank in sorted(self._lost):
-            for batch in self._batches(restores):
+            for batch in self._batches(plan.restored):
                 report = self._restore_batch(rank, batch, timeout_s=timeout_s)
                 result = result.with_report(report)
                 refused.update(report.refused)
         if result.different_blocks:
             logger.error("restored blocks differ from what was lost: %s", result.different_blocks)
             self._page.add(Counter.SHADOW_ERRORS_TOTAL, len(result.different_blocks))
-        return self._recompute(lost_blocks | refused, used, result, timeout_s=timeout_s)
+        return self._recompute(plan.lost.keys() | refused, used, result, timeout_s=timeout_s)
 
-    def _decide(self, needed: dict[int, tuple[int, int]]) -> tuple[list[tuple[int, int]], set[int]]:
-        """(block, slots) to restore, and the blocks that are lost."""
-        manifest = self._guard.manifest
-        restores: list[tuple[int, int]] = []
-        lost: set[int] = set()
-        forced = self._page.get_switch(Switch.FORCE_RECOMPUTE)
-        for block, (_, slots) in needed.items():
-            decision = None if manifest is None else manifest.source(block, needed=slots, lost=self._lost)
-            if forced or decision is None or decision.choice is Source.LOST:
-                lost.add(block)
-                reason = "recompute is forced" if forced or decision is None else decision.reason
-                logger.warning("block %d cannot be rebuilt: %s", block, reason)
-            elif decision.choice is not Source.NOTHING:
-                restores.append((block, slots))
-        return restores, lost
+    def _batches(self, blocks: Sequence[int]) -> Iterable[Sequence[int]]:
+        for first in range(0, len(blocks), REBUILD_BLOCKS):
+            yield blocks[first : first + REBUILD_BLOCKS]
 
-    def _batches(self, restores: list[tuple[int, int]]) -> Iterable[list[tuple[int, int]]]:
-        for first in range(0, len(restores), REBUILD_BLOCKS):
-            yield restores[first : first + REBUILD_BLOCKS]
-
-    def _restore_batch(self, rank: int, batch: list[tuple[int, int]], *, timeout_s: float) -> RestoreReport:
+    def _restore_batch(self, rank: int, batch: Sequence[int], *, timeout_s: float) -> RestoreReport:
         """Survivors export what the parity needs, then the newcomer adopts."""
+        survivors = [r for r in self._every if r not in self._lost]
         with self._guard.lock:
-            items = self._items(rank, batch)
+            items = restores(
+                self._guard.manifest,
+                batch,
+                rank=rank,
+                survivors=survivors,
+                reserve=self._guard.export_frames(),
+            )
         coded = [item for item in items if item.survivors]
         try:
             if coded:
@@ -162,37 +161,12 @@ class Rebuild:
         report: RestoreReport = reports[rank]
         return report
 
-    def _items(self, rank: int, batch: list[tuple[int, int]]) -> list[BlockRestore]:
-        """What the newcomer gets. An entry that is being coded still has its mirrors, and keeps them."""
-        manifest = self._guard.manifest
-        survivors = [r for r in self._every if r not in self._lost]
-        items = []
-        for index, (block, _) in enumerate(batch):
-            entry = manifest.entries[block]
-            from_mirror = bool(entry.mirrors)
-            exports = (
-                {} if from_mirror else dict(zip(survivors, self._guard.export_frames(index), strict=False))
-            )
-            items.append(
-                BlockRestore(
-                    block=block,
-                    group=entry.group,
-                    slots=entry.slots,
-                    checksum=entry.checksums[rank],
-                    frame=entry.mirrors[rank] if from_mirror else None,
-                    parity=() if from_mirror else entry.parity,
-                    parity_checksums=() if from_mirror else entry.parity_checksums,
-                    survivors=exports,
-                )
-            )
-        return items
-
     def _recompute(
         self, lost_blocks: set[int], used: dict[str, set[int]], result: RebuildResult, *, timeout_s: float
     ) -> RebuildResult:
         """Rung 3 for the requests that use a block which is gone."""
         scheduler, view = self._session.scheduler, self._executor.view
-        unwritten = self._unwritten()
+        coming = self._unwritten()
         affected = {name for name, blocks in used.items() if blocks & lost_blocks}
         affected |= {name for name in stuck_in_prompt_logprobs(view) if name in used}
         for block in lost_blocks:
@@ -200,13 +174,13 @@ class Rebuild:
                 self._guard.manifest.drop(block)
         if not affected and not lost_blocks:
             return result
-        affected = unwritten.with_sharers(affected, used)
+        affected = coming.with_sharers(affected, used)
         tokens = sum(
-            request.num_computed_tokens - unwritten.scheduled.get(request.request_id, 0)
+            request.num_computed_tokens - coming.scheduled.get(request.request_id, 0)
             for request in scheduler.running
             if request.request_id in affected
         )
-        leave_steps(self._executor, affected, unwritten, lost_blocks)
+        leave_steps(self._executor, affected, coming, lost_blocks)
         self.roll_back(timeout_s=timeout_s)
         self._page.add(Counter.TOKENS_RECOMPUTED_TOTAL, tokens)
         self._page.add(Counter.REQUESTS_RECOMPUTED_TOTAL, len(affected))
@@ -215,14 +189,13 @@ class Rebuild:
         return result.plus(RebuildResult(tokens_recomputed=tokens, requests_recomputed=len(affected)))
 
 
-def leave_steps(executor: Any, requests: set[str], unwritten: Unwritten, lost_blocks: set[int]) -> None:
+def leave_steps(executor: Any, requests: set[str], coming: Unwritten, lost_blocks: set[int]) -> None:
     """Take requests out of every step in flight and out of the batch; those that go on start over from their tokens."""
-    gone = unwritten.blocks(requests)
+    gone = coming.blocks(requests).keys()
     guard, view = executor.session.guard, executor.view
-    executor.session.scheduler.recompute(requests, forget=lost_blocks | gone.keys(), known=view.requests)
+    executor.session.scheduler.recompute(requests, forget=lost_blocks | gone, known=view.requests)
     for step in executor.open_steps:
-        guard.withdraw(tuple(piece for piece in step.pieces if piece.block in gone))
-        step.pieces = guard.current(tuple(piece for piece in step.pieces if piece.block not in gone))
+        step.pieces = guard.without_blocks(step.pieces, gone)
         step.sent = without(step.sent, requests)
     view.leave_batch(requests)
 
@@ -230,10 +203,10 @@ def leave_steps(executor: Any, requests: set[str], unwritten: Unwritten, lost_bl
 def give_up_steps(executor: Any, *, failing: set[str]) -> None:
     """No step in flight will run. Of their requests those that are not `failing` start over from their tokens."""
     scheduler, guard, view = executor.session.scheduler, executor.session.guard, executor.view
-    unwritten = Unwritten.of(view, executor.open_steps, scheduler.block_sizes())
-    _, used = scheduler.needed_slots(view, unwritten)
-    requests = unwritten.with_sharers(unwritten.scheduled.keys(), used) - failing
-    scheduler.recompute(requests, forget=unwritten.blocks().keys(), known=view.requests)
+    coming = unwritten(view, executor.open_steps, scheduler.block_sizes())
+    _, used = scheduler.needed_slots(view, coming)
+    requests = coming.with_sharers(coming.scheduled.keys(), used) - failing
+    scheduler.recompute(requests, forget=coming.blocks().keys(), known=view.requests)
     for step in executor.open_steps:
         guard.withdraw(step.pieces)
         scheduler.tell_again(step.scheduler_output)

@@ -19,9 +19,10 @@ from vllm.v1.request import RequestStatus
 from ghostserve.arena.control import Counter
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import session
-from ghostserve.engine.in_flight import Unwritten, written_slots
 from ghostserve.engine.request_state import WorkersView
+from ghostserve.shadow.commit_rule import defers_frees
 from ghostserve.shadow.step_plan import NULL_BLOCK
+from ghostserve.shadow.unwritten import CachedBlock, Tables, Unwritten
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ class GhostSchedulerMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A step that runs again must find what it read the first time: what a step in flight uses is not freed.
-        self.defer_block_free = self.vllm_config.max_concurrent_batches > 1
+        self.defer_block_free = defers_frees(self.vllm_config.max_concurrent_batches).choice
         self._session = session.current()
         self._session.attach_scheduler(self)
         self._open_steps = 0
@@ -106,64 +106,41 @@ class GhostSchedulerMixin(Scheduler):
     def needed_slots(
         self, view: WorkersView, unwritten: Unwritten
     ) -> tuple[dict[int, tuple[int, int]], dict[str, set[int]]]:
-        """What must be restored: (block -> (group, written slots)), and the blocks each request uses.
+        """What must be restored: (block -> (group, written slots)), and the blocks each request uses."""
+        running = (
+            (request.request_id, request.num_computed_tokens, self._tables(request.request_id))
+            for request in self.running
+        )
+        users = unwritten.users(running, lambda name: self._as_workers_know(view, name))
+        return unwritten.needed_slots(users, self._cached(), self.block_sizes())
 
-        Of use are running requests, those that a step in flight still names (preempted, finished or aborted since:
-        it runs again with them), and what only the prefix cache holds. What the steps in flight are to write was not
-        written, also not for those that found it in the prefix cache, which knows a block as soon as it is scheduled.
-        """
-        needed: dict[int, tuple[int, int]] = {}
-        used: dict[str, set[int]] = {}
-        coming = unwritten.blocks()
-        for name, computed, tables in self._users(view, unwritten):
-            mine = used.setdefault(name, set())
-            for group, (size, table) in enumerate(zip(self.block_sizes(), tables, strict=True)):
-                for block, written in written_slots(computed, table, size).items():
-                    mine.add(block)
-                    slots = min(written, coming.get(block, written))
-                    if slots:
-                        needed[block] = (group, max(slots, needed.get(block, (group, 0))[1]))
-        self._add_cached(needed, coming.keys())
-        return needed, used
+    def _tables(self, request_id: str) -> Tables:
+        tables: Tables = self.kv_cache_manager.get_block_ids(request_id)
+        return tables
 
-    def _users(
-        self, view: WorkersView, unwritten: Unwritten
-    ) -> Iterator[tuple[str, int, Sequence[Sequence[int]]]]:
-        """(request, tokens with KV before the steps in flight, its block tables)."""
-        running = {request.request_id for request in self.running}
-        for request in self.running:
-            name = request.request_id
-            computed = request.num_computed_tokens - unwritten.scheduled.get(name, 0)
-            yield name, computed, self.kv_cache_manager.get_block_ids(name)
+    def _as_workers_know(self, view: WorkersView, request_id: str) -> tuple[int, Tables]:
+        """Tokens with KV and block tables of a request that only a step in flight names."""
+        known = view.requests[request_id]
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        for name in unwritten.scheduled.keys() - running:
-            if name in unwritten.started:
-                yield (name, *unwritten.started[name])
-                continue
-            known = view.requests[name]
-            # Blocks that left a sliding window are others' by now; the scheduler does not tell workers.
-            skipped = [manager.get_num_skipped_tokens(known.reached_tokens) for manager in managers]
-            yield (
-                name,
-                known.reached_tokens,
-                [
-                    [NULL_BLOCK] * (first // size) + ids[first // size :]
-                    for ids, first, size in zip(known.block_ids, skipped, self.block_sizes(), strict=True)
-                ],
-            )
+        # Blocks that left a sliding window are others' by now; the scheduler does not tell workers.
+        skipped = [manager.get_num_skipped_tokens(known.reached_tokens) for manager in managers]
+        return known.reached_tokens, [
+            [NULL_BLOCK] * (first // size) + ids[first // size :]
+            for ids, first, size in zip(known.block_ids, skipped, self.block_sizes(), strict=True)
+        ]
 
     def block_sizes(self) -> tuple[int, ...]:
         """Tokens per block, by KV group."""
         return tuple(group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups)
 
-    def _add_cached(self, needed: dict[int, tuple[int, int]], unwritten: Collection[int]) -> None:
-        """Blocks that only the prefix cache holds are data too: as far as their hash covers them."""
+    def _cached(self) -> Iterator[CachedBlock]:
+        """What the prefix cache knows is data, too: as far as the hash of a block covers it."""
         groups, sizes = self._session.groups_of_blocks(), self.block_sizes()
         for block in self.kv_cache_manager.block_pool.blocks:
-            if block.block_hash is None or block.block_id in needed or block.block_id in unwritten:
-                continue
-            group = groups.get(block.block_id, 0)
-            needed[block.block_id] = (group, min(block.block_hash_num_tokens or sizes[group], sizes[group]))
+            if block.block_hash is not None:
+                group = groups.get(block.block_id, 0)
+                slots = min(block.block_hash_num_tokens or sizes[group], sizes[group])
+                yield CachedBlock(block=block.block_id, group=group, slots=slots)
 
     def recompute(
         self, request_ids: Collection[str], *, forget: Collection[int], known: Collection[str]

@@ -26,7 +26,7 @@ class Session:
     def attach_scheduler(self, scheduler: Any) -> None:
         """Called by the scheduler as it is built."""
         self.scheduler = scheduler
-        self.guard.block_pool = scheduler.kv_cache_manager.block_pool
+        self.guard.attach(scheduler.kv_cache_manager.block_pool)
 
     def groups_of_blocks(self) -> dict[int, int]:
         """KV group by block, for every block the shadow knows."""

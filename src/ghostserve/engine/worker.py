@@ -34,7 +34,6 @@ from ghostserve.engine.graphs import capture_graphs, drop_graphs, warm_up
 from ghostserve.engine.groups import abandon_groups, form_groups, leave_groups, peer_left
 from ghostserve.engine.messages import (
     ArenaGeometry,
-    BlockRestore,
     JoinMessage,
     RankLayout,
     RegroupMessage,
@@ -46,6 +45,8 @@ from ghostserve.engine.messages import (
 )
 from ghostserve.engine.rank_shadow import RankShadow
 from ghostserve.errors import StaleEpoch
+from ghostserve.shadow.commit_rule import StepGate
+from ghostserve.shadow.restore import BlockRestore
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,7 @@ class GhostWorkerMixin:
 
     _page: ControlPage
     _shadow: RankShadow | None = None
-    _epoch: int = 0
-    _failed_at: tuple[int, int] | None = None
+    _gate: StepGate
     _rolled_back: bool = False  # no step was run since
     _kv_cache_config: Any = None
     _watch: EpochWatch | None = None
@@ -74,6 +74,7 @@ class GhostWorkerMixin:
     def init_device(self) -> None:
         self._segments = fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=ARENA_TIMEOUT_S)
         self._page = ControlPage(self._segments["control"], lane=self.rank)
+        self._gate = StepGate()
         self._fault(FaultPoint.SPAWN)
         self._page.mark(self.rank, Mark.IMPORTS_DONE, monotonic_s())
         self._fault(FaultPoint.REGROUP)
@@ -156,17 +157,15 @@ class GhostWorkerMixin:
         An error of its own goes on: vLLM logs it with a traceback and reports it. A rank that only follows a peer has
         nothing to explain: it answers StepLeft.
         """
-        if message.epoch != self._epoch:
-            return StepLeft(reason=f"rank {self.rank}: a step of epoch {message.epoch}, now {self._epoch}")
-        if self._failed_at is not None:
-            return StepLeft(reason=f"rank {self.rank}: refused after the failed step {self._failed_at}")
+        if (refusal := self._gate.refusal(epoch=message.epoch)) is not None:
+            return StepLeft(reason=f"rank {self.rank}: {refusal}")
         began_s = monotonic_s()
         try:
             output = part()
             self._page.add_step_time(self.rank, monotonic_s() - began_s)
             return output
         except Exception as error:
-            self._failed_at = (message.epoch, message.step)
+            self._gate.failed(epoch=message.epoch, step=message.step)
             left = peer_left(error)
             self._stamp(message, StampStatus.PEER_LEFT if left else StampStatus.FAILED)
             self._leave_groups()
@@ -208,7 +207,7 @@ class GhostWorkerMixin:
         assert self._shadow is not None
         self._shadow.map_arena(geometry)
         self._shadow.record_random_state(
-            epoch=self._epoch, step=0, record=self._requests.capture(self.model_runner).encode()
+            epoch=self._gate.epoch, step=0, record=self._requests.capture(self.model_runner).encode()
         )
 
     # -- recovery --------------------------------------------------------------------------------------
@@ -279,8 +278,7 @@ class GhostWorkerMixin:
         """Take on the request state before the failed step; steps of the new epoch are accepted again."""
         self._fault(FaultPoint.STATE)
         self._requests.restore(self.model_runner, message)
-        self._epoch = message.epoch
-        self._failed_at = None
+        self._gate.reformed(epoch=message.epoch)
         self._rolled_back = True
 
     def ghost_export(self, items: list[BlockRestore]) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghostserve.errors import CorruptionError
 from ghostserve.shadow.layout import GroupLayout, Layout, words_fingerprint
-from ghostserve.types import STEPS_IN_FLIGHT_MAX
+from ghostserve.shadow.log_progress import LogProgress
+from ghostserve.shadow.restore import check_log
 
 _WORD_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -53,7 +53,7 @@ class Mirror:
     num_blocks: int
     frames: npt.NDArray[np.uint8]
     frame_bytes: int
-    _progress: dict[int, dict[int, int]] = field(default_factory=dict)  # frame -> {slots: crc32}
+    _progress: LogProgress = field(default_factory=LogProgress)
 
     @staticmethod
     def words_of(storage: torch.UntypedStorage, word_bytes: int, device: torch.device) -> torch.Tensor:
@@ -90,17 +90,11 @@ class Mirror:
         Writes only that range of the frame, so what was committed before stays whole if we die here.
         """
         size = self.slot_bytes(group)
-        known = self._progress.get(frame, {})
-        if start not in known:  # the step before was not staged: all of it, from what is there
-            start, known = 0, {}
-        if start == 0:
-            known = {0: 0}
-        target = self._frame(frame)[start * size : stop * size]
-        self._gather(block, group, start, stop, target)
-        checksum = zlib.crc32(target.data, known[start])
-        # Where the steps before began is kept too: after a loss, all that were in flight are staged again.
-        kept = sorted(slots for slots in known if slots <= start)[-STEPS_IN_FLIGHT_MAX:]
-        self._progress[frame] = {**{slots: known[slots] for slots in kept}, stop: checksum}
+        first, checksum = self._progress.begin(frame, start)
+        target = self._frame(frame)[first * size : stop * size]
+        self._gather(block, group, first, stop, target)
+        checksum = zlib.crc32(target.data, checksum)
+        self._progress.logged(frame, start=first, stop=stop, checksum=checksum)
         return checksum
 
     def export(self, *, block: int, group: int, frame: int) -> None:
@@ -117,16 +111,15 @@ class Mirror:
         Returns the bytes written. Raises CorruptionError and writes nothing otherwise.
         """
         nbytes = slots * self.slot_bytes(group)
-        found = zlib.crc32(log[:nbytes].data)
-        if checksum is not None and found != checksum:
-            raise CorruptionError(f"block {block}: crc32 {found:08x} is not the recorded {checksum:08x}")
+        if checksum is not None:
+            check_log(log[:nbytes], block=block, checksum=checksum)
         source = torch.from_numpy(log[:nbytes]).view(self.kv.dtype).to(self.kv.device)
         self.kv.index_copy_(0, self._index(block, group, 0, slots), source)
         return nbytes
 
     def seed_progress(self, *, frame: int, slots: int, checksum: int) -> None:
         """A newcomer takes over a tail's log where its predecessor left it."""
-        self._progress[frame] = {slots: checksum}
+        self._progress.seed(frame, slots=slots, checksum=checksum)
 
     def frame(self, frame: int) -> npt.NDArray[np.uint8]:
         """The bytes of one frame, shape [frame_bytes]; a view, valid while the arena is mapped."""
