@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,13 +174,13 @@ class Guard:
             logger.exception("the shadow could not commit step %d", step)
             self.page.add(Counter.SHADOW_ERRORS_TOTAL)
 
-    def withdraw(self, pieces: tuple[Piece, ...]) -> None:
-        """A step will not run: forget what it planned."""
+    def withdraw(self, pieces: tuple[Piece, ...], blocks: Iterable[int]) -> None:
+        """A step will not run: forget what it planned, and the blocks that it was to write."""
         if self.protection is not None:
             with self.lock:
-                self.protection.manifest.withdraw(pieces)
+                self.protection.withdraw(pieces, blocks)
 
-    def without_blocks(self, pieces: tuple[Piece, ...], blocks: set[int]) -> tuple[Piece, ...]:
+    def without_blocks(self, pieces: tuple[Piece, ...], blocks: Iterable[int]) -> tuple[Piece, ...]:
         """What a step still mirrors that is sent again without what writes `blocks`."""
         if self.protection is None:
             return ()

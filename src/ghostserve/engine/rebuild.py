@@ -206,8 +206,9 @@ def give_up_steps(executor: Any, *, failing: set[str]) -> None:
     coming = unwritten(view, executor.open_steps, scheduler.block_sizes())
     _, used = scheduler.needed_slots(view, coming)
     requests = coming.with_sharers(coming.scheduled.keys(), used) - failing
-    scheduler.recompute(requests, forget=coming.blocks().keys(), known=view.requests)
+    gone = coming.blocks().keys()
+    scheduler.recompute(requests, forget=gone, known=view.requests)
     for step in executor.open_steps:
-        guard.withdraw(step.pieces)
+        guard.withdraw(step.pieces, gone)
         scheduler.tell_again(step.scheduler_output)
     view.leave_batch(requests)

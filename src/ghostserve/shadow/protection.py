@@ -100,13 +100,22 @@ class Protection:
         self.tables = None
         self.manifest.drop_all()
 
+    def withdraw(self, pieces: Iterable[Piece], blocks: Iterable[int]) -> None:
+        """A step will not run: forget what it planned, and the blocks that it was to write, protected or not.
+
+        A block that is left marked as fully written would be caught up from KV that nobody wrote.
+        """
+        self.manifest.withdraw(pieces)
+        for block in blocks:
+            self.manifest.drop(block)
+
     def without_blocks(self, pieces: Iterable[Piece], blocks: Iterable[int]) -> tuple[Piece, ...]:
-        """What a step still mirrors that is sent again without what writes `blocks`.
+        """What a step still mirrors that is sent again without what writes `blocks`: those are given up.
 
         Frames of blocks that were given up since may be another's, so their pieces go, too.
         """
         gone, known = frozenset(blocks), tuple(pieces)
-        self.manifest.withdraw(piece for piece in known if piece.block in gone)
+        self.withdraw((piece for piece in known if piece.block in gone), gone)
         return self.manifest.current(piece for piece in known if piece.block not in gone)
 
     def _read_checksums(self, epoch: int, step: int, pieces: int) -> list[tuple[int, ...]] | None:

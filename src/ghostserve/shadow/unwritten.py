@@ -34,16 +34,27 @@ class CachedBlock:
     slots: int
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How the steps in flight first name a request, or name it anew after a preemption.
+
+    `computed` tokens were found with KV in `tables`; None: it goes on from what the workers knew before.
+    """
+
+    computed: int = 0
+    tables: Tables | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unwritten:
     """What the steps in flight are to write, and what running them needs.
 
-    `writes`: in the order of the steps. `started`: requests that one of them starts or resumes, with the tokens that
-    each found computed: what the workers knew of them before is of no use.
+    `writes`: in the order of the steps. `starts`: for each request that they name; of several only the last is what the
+    scheduler knows, but the steps before run again with the blocks that it had then.
     """
 
     writes: tuple[Write, ...]
-    started: dict[str, tuple[int, tuple[tuple[int, ...], ...]]]
+    starts: dict[str, tuple[Start, ...]]
     scheduled: dict[str, int]  # tokens in flight by request, since it was started if it was
 
     @classmethod
@@ -53,17 +64,18 @@ class Unwritten:
         """From what the workers knew before (`tables`, which is changed) and what they were sent since."""
         known_tables = BlockTables(block_sizes, tables)
         writes: list[Write] = []
-        started: dict[str, tuple[int, tuple[tuple[int, ...], ...]]] = {}
+        starts: dict[str, tuple[Start, ...]] = {}
         scheduled: dict[str, int] = {}
         for increment in steps:
             for request in increment.requests:
+                name = request.request_id
                 if request.replaces and request.blocks is not None:
-                    started[request.request_id] = (request.computed, request.blocks)
-                    scheduled[request.request_id] = 0
-                known = scheduled.get(request.request_id, 0)
-                scheduled[request.request_id] = known + request.scheduled
+                    starts[name] = (*starts.get(name, ()), Start(request.computed, request.blocks))
+                    scheduled[name] = 0
+                starts.setdefault(name, (Start(),))
+                scheduled[name] = scheduled.get(name, 0) + request.scheduled
             writes.extend(known_tables.apply(increment))
-        return cls(writes=tuple(writes), started=started, scheduled=scheduled)
+        return cls(writes=tuple(writes), starts=starts, scheduled=scheduled)
 
     def blocks(self, requests: Collection[str] | None = None) -> dict[int, int]:
         """Blocks that these requests (or all) are to write -> slots that hold data before."""
@@ -87,8 +99,8 @@ class Unwritten:
     def users(
         self, running: Iterable[tuple[str, int, Tables]], known: Callable[[str], tuple[int, Tables]]
     ) -> Iterator[User]:
-        """Running requests, given as (request, tokens scheduled so far, tables), and those that only a step in flight
-        still names: preempted, finished or aborted since, it runs again with them.
+        """Running requests, given as (request, tokens scheduled so far, tables), and what only a step in flight still
+        names: preempted, finished or aborted since, or started over; it runs again with the blocks of that time.
 
         `known`: tokens with KV and tables of such a request, as the workers know them.
         """
@@ -96,9 +108,10 @@ class Unwritten:
         for name, computed, tables in running:
             names.add(name)
             yield User(request_id=name, computed=computed - self.scheduled.get(name, 0), tables=tables)
-        for name in self.scheduled.keys() - names:
-            computed, tables = self.started[name] if name in self.started else known(name)
-            yield User(request_id=name, computed=computed, tables=tables)
+        for name, starts in self.starts.items():
+            for start in starts[:-1] if name in names else starts:
+                computed, found = known(name) if start.tables is None else (start.computed, start.tables)
+                yield User(request_id=name, computed=computed, tables=found)
 
     def needed_slots(
         self, users: Iterable[User], cached: Iterable[CachedBlock], block_sizes: tuple[int, ...]
