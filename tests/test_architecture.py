@@ -41,6 +41,8 @@ PURE = {  # decide, and do nothing: no torch, no clock, no process; tested in mi
     "shadow/log_progress.py",
     "shadow/manifest.py",
     "shadow/protection.py",
+    "shadow/nonfinite.py",
+    "shadow/scrub.py",
     "shadow/step_plan.py",
     "shadow/unwritten.py",
 }

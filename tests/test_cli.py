@@ -277,6 +277,13 @@ def test_status_is_readable() -> None:
     assert "recovered 1 time; last: rank 1 by rebuild" in text
     assert "2 blocks from parity, 1 from mirrors (128.0 KiB) · nothing recomputed" in text
     assert "bound 256.0 KiB <= 512.0 KiB: holds" in text
+    assert "live KV 1 times and 2/2 blocks" in text
+    assert "wrong: 0 KV, 0 mirrors, 0 parity · 0 repaired, 0 given up, 0 waiting" in text
+    assert "NaN" not in text
+    broken = after | {"scrub": after["scrub"] | {"kv_nan_total": 3, "kv_mismatches_total": 1}}
+    assert "KV holds 3 NaN and 0 infinities" in status.render(broken)
+    assert "wrong: 1 KV" in status.render(broken)
+    assert "scrub     off" in status.render(after | {"scrub": after["scrub"] | {"rate_bytes_s": 0}})
     unbound = before | {"shadow": before["shadow"] | {"bound_holds": False}}
     assert "DOES NOT HOLD" in status.render(unbound)
 

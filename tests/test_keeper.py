@@ -39,6 +39,8 @@ from ghostserve.shadow.keeper_messages import (
     Geometry,
     KeeperError,
     Message,
+    ScrubDone,
+    ScrubJob,
     WipeDone,
     WipeJob,
     from_json,
@@ -181,6 +183,16 @@ def test_it_encodes_and_wipes() -> None:
         assert np.array_equal(engine.pool.array, before)
         assert supervisor.control.get(Counter.ENCODE_BYTES_TOTAL) == 4 * RANKS * NBYTES
         assert supervisor.control.get(Counter.KEEPER_RESTARTS) == 0
+
+
+def test_a_scrub_sees_what_was_there_before_a_later_wipe() -> None:
+    """Jobs are done in order: frames that are given up after they were asked about are not found wrong."""
+    with server() as (_, engine):
+        crcs = tuple(zlib.crc32(engine.frame(frame).data) for frame in (2, 3))
+        engine.frame(3)[17] ^= 1
+        engine.client.submit(ScrubJob(job=1, frames=(2, 3), nbytes=(NBYTES,) * 2, checksums=crcs))
+        engine.client.submit(WipeJob(job=3, frames=(2, 3)))
+        assert engine.wait_answers(2) == [ScrubDone(job=1, wrong=(1,)), WipeDone(job=3)]
 
 
 def test_it_is_modest() -> None:
@@ -445,13 +457,14 @@ def test_a_geometry_that_cannot_be_is_refused() -> None:
         replace(GOOD, checksums=(1,)),
         WipeJob(job=1, frames=(FRAMES,)),
         WipeJob(job=1, frames=(0, 0)),
+        ScrubJob(job=1, frames=(0,), nbytes=(FRAME + 1,), checksums=(0,)),
     ],
 )
-def test_a_job_that_cannot_be_is_refused(wrong: EncodeJob | WipeJob) -> None:
+def test_a_job_that_cannot_be_is_refused(wrong: EncodeJob | ScrubJob | WipeJob) -> None:
     with raw_engine() as raw:
         raw.sock.sendall(to_json(GEOMETRY))
         refused = raw.ask(to_json(wrong))
-        assert isinstance(refused, EncodeDone | WipeDone)
+        assert isinstance(refused, EncodeDone | ScrubDone | WipeDone)
         assert (refused.job, refused.ok) == (1, False)
         assert refused.reason
 

@@ -59,6 +59,13 @@ class GhostConfig:
     encode_backlog: int = _option(
         8, "KV blocks that may wait for the keeper in the steady state", metavar="BLOCKS"
     )
+    scrub_rate: int = _option(
+        parse_bytes("16Mi"),
+        "bytes per second of KV, mirrors and parity that are compared with their checksums, e.g. 16Mi; KV only while "
+        "nothing is served; 0 = off",
+        type=parse_bytes,
+        metavar="BYTES/s",
+    )
     recovery_attempts: int = _option(3, "attempts to replace a rank before the server gives up", metavar="N")
     leave_timeout: float = _option(
         10.0, "bound for survivors to leave a broken collective", metavar="SECONDS"

@@ -35,3 +35,10 @@ def float32(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
     """Two batches in flight unless asked for something else: with one there is less to go wrong."""
     serving = pytestconfig.getoption("--serving")
     yield from _serving(tmp_path_factory, "float32", "--dtype", "float32", "--enforce-eager", serving=serving)
+
+
+@pytest.fixture
+def unscrubbed(float32: kit.Served) -> Iterator[None]:
+    """For a test about corruption that is met before the scrub finds it."""
+    with float32.unscrubbed():
+        yield

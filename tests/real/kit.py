@@ -6,10 +6,11 @@ and faulted run have different cache salts, so that neither feeds on the other's
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,10 @@ class Served:
             what="queued requests",
         )
 
-    def rpc(self, method: str) -> list[Any]:
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
         """Call a worker's method on every rank (vLLM's development route)."""
-        results: list[Any] = self.post("/collective_rpc", {"method": method})["results"]
+        body = {"method": method, "args": list(arguments)}
+        results: list[Any] = self.post("/collective_rpc", body)["results"]
         return results
 
     def kill(self, rank: int) -> dict[str, Any]:
@@ -161,6 +163,15 @@ class Served:
 
     def arm(self, *, point: str, rank: int, action: str, **more: int) -> None:
         self.server.admin.arm_fault(point=point, rank=rank, action=action, **more)
+
+    @contextlib.contextmanager
+    def unscrubbed(self) -> Iterator[None]:
+        """Nothing is scrubbed meanwhile: corruption stays until it is met."""
+        self.server.set_switch("skip_scrub", True)
+        try:
+            yield
+        finally:
+            self.server.set_switch("skip_scrub", False)
 
     def settle(self) -> dict[str, Any]:
         """Serving, everything sealed is coded, nothing runs."""

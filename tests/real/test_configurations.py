@@ -103,7 +103,8 @@ def lose_with_wrong_parities(served: Served, *, wrong: int) -> None:
     reference, before = served.reference(ask), served.recoveries()
     refused = served.server.status()["counters"]["checksum_refusals_total"]
     served.arm(point="keeper_encoding", rank=0, action="corrupt_parity")
-    faulted = served.run(ask, on_token=Hurt(90, lambda: served.kill(1)))
+    with served.unscrubbed():
+        faulted = served.run(ask, on_token=Hurt(90, lambda: served.kill(1)))
     assert_same(reference, faulted)
     assert_rebuilt(served.recovery(after=before), sealed=True)
     assert served.server.status()["counters"]["checksum_refusals_total"] == refused + wrong

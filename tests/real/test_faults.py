@@ -110,7 +110,7 @@ def test_a_slow_rank_is_slow_for_so_long(float32: Served) -> None:
 # -- silent corruption ---------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "unscrubbed")
 def test_corrupt_kv_changes_what_follows(float32: Served) -> None:
     """The negative control of every test that corrupts KV: nobody looks, and the answer is another."""
     struck, reference = counter(float32), float32.reference(SEEDED)
@@ -138,6 +138,7 @@ def test_corrupt_kv_of_a_rank_that_dies_in_the_same_step(float32: Served) -> Non
     ],
     ids=["parity", "mirror"],
 )
+@pytest.mark.usefixtures("unscrubbed")
 def test_a_corrupt_shadow_is_refused(float32: Served, plan: FaultPlan, counted: str) -> None:
     before, reference, refused = float32.recoveries(), float32.reference(LONG), counter(float32, counted)
     assert_same(reference, run(float32, plan.crash(rank=1).at_token(90), LONG))

@@ -64,6 +64,7 @@ def test_forced_recompute(served: Served, rank: int) -> None:
     assert report["requests_recomputed"] == 3
 
 
+@pytest.mark.usefixtures("unscrubbed")
 def test_a_flipped_byte_in_the_parity_is_refused(served: Served) -> None:
     """The checksum refuses the block, rung 3 answers correctly, and its path is reported as recompute."""
     ask = Ask(max_tokens=150)
@@ -104,7 +105,7 @@ def test_bytes_are_what_was_lost(served: Served) -> None:
     assert after["blocks_different_total"] == counters["blocks_different_total"]
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "unscrubbed")
 def test_the_byte_comparison_can_fail(served: Served) -> None:
     """Negative control: with checksums off, a flipped byte is restored, and found."""
     served.server.set_switch("debug_copy", True)
@@ -214,6 +215,7 @@ def test_a_keeper_that_dies_while_encoding(served: Served) -> None:
     assert served.server.status()["keeper"]["restarts"] == restarts + 1
 
 
+@pytest.mark.usefixtures("unscrubbed")
 def test_a_flipped_byte_in_a_mirror_is_not_coded(served: Served) -> None:
     """The keeper refuses the stripe; the block is caught up from live KV or recomputed, never wrong."""
     ask = Ask(max_tokens=150)

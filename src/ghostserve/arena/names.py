@@ -38,6 +38,15 @@ class Counter(IntEnum):
     BLOCKS_DIFFERENT_TOTAL = auto()
     REQUESTS_OPEN = auto()  # known to the scheduler: waiting or running
     FAULTS_STRUCK_TOTAL = auto()  # injected faults that were armed and have struck
+    SCRUBBED_BYTES_TOTAL = auto()  # read by the scrub and compared with a checksum: KV, mirrors, parity
+    SCRUBBED_BLOCKS_TOTAL = auto()  # each time a block's KV, mirrors or parity were compared
+    SCRUB_KV_MISMATCHES_TOTAL = auto()  # live KV of one block on one rank
+    SCRUB_MIRROR_MISMATCHES_TOTAL = auto()  # frames
+    SCRUB_PARITY_MISMATCHES_TOTAL = auto()  # frames
+    SCRUB_REPAIRED_TOTAL = auto()  # of those: made right again, with their checksum as the proof
+    SCRUB_REFUSED_TOTAL = auto()  # of those: given up; what was in the block is recomputed or protected anew
+    KV_NAN_TOTAL = auto()  # elements of KV that were coded
+    KV_INF_TOTAL = auto()
 
 
 class Switch(IntEnum):
@@ -49,6 +58,7 @@ class Switch(IntEnum):
     SKIP_RNG_RESTORE = auto()  # a newcomer's random-number states stay as they are
     SKIP_CHECKSUM = auto()  # what is restored is not checked
     STOCK_GENERATORS = auto()  # seeded requests in a prompt chunk meet the sampler as in stock vLLM
+    SKIP_SCRUB = auto()  # nothing is scrubbed
 
 
 class Mark(IntEnum):

@@ -64,6 +64,24 @@ def _shadow_lines(shadow: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _scrub_lines(scrub: Mapping[str, Any]) -> list[str]:
+    """What was compared with its checksums, and what came of it."""
+    if not scrub["rate_bytes_s"]:
+        return ["scrub     off"]
+    kv, frames = scrub["kv"], scrub["frames"]
+    wrong = {part: scrub[f"{part}_mismatches_total"] for part in ("kv", "mirror", "parity")}
+    lines = [
+        f"scrub     {bytes_text(scrub['bytes_total'])} compared, at most {bytes_text(scrub['rate_bytes_s'])}/s · "
+        f"live KV {kv['rounds']} times and {kv['blocks_done']}/{kv['blocks']} blocks · "
+        f"mirrors and parity {frames['rounds']} times and {frames['blocks_done']}/{frames['blocks']}",
+        f"          wrong: {wrong['kv']} KV, {wrong['mirror']} mirrors, {wrong['parity']} parity · "
+        f"{scrub['repaired_total']} repaired, {scrub['refused_total']} given up, {scrub['waiting']} waiting",
+    ]
+    if scrub["kv_nan_total"] or scrub["kv_inf_total"]:
+        lines.append(f"          KV holds {scrub['kv_nan_total']} NaN and {scrub['kv_inf_total']} infinities")
+    return lines
+
+
 def _recovery_lines(state: Mapping[str, Any]) -> list[str]:
     total, last = state["recoveries_total"], state.get("last_recovery")
     if not last:
@@ -85,6 +103,7 @@ def render(state: Mapping[str, Any]) -> str:
         _server_lines(state),
         _rank_lines(state),
         _shadow_lines(state["shadow"]),
+        *([_scrub_lines(state["scrub"])] if "scrub" in state else []),
         _recovery_lines(state),
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks)

@@ -33,6 +33,7 @@ from ghostserve.engine.rebuild import give_up_steps
 from ghostserve.engine.request_state import WorkersView
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent, Ring
 from ghostserve.engine.scheduler import FailedStep
+from ghostserve.engine.scrub import Scrubber
 from ghostserve.engine.settings import Settings
 from ghostserve.engine.start import Starter
 from ghostserve.engine.status import StatusWriter
@@ -100,6 +101,7 @@ class GhostExecutor(MultiprocExecutor):
         self.performer = Performer(self)
         self.monitor = Monitor(self)
         self.monitor.start()
+        self.scrubber = Scrubber(self)
         self.status = StatusWriter(self)
 
     def _connect_arena(self) -> None:
@@ -132,6 +134,7 @@ class GhostExecutor(MultiprocExecutor):
         geometry = self.session.guard.configure(layouts)
         self.collective_rpc("ghost_map", args=(geometry,))
         self.status.start()
+        self.scrubber.start()
 
     def start_worker_monitor(self, inline: bool = False) -> None:
         """Ours is another: a death is repaired, not the end."""
@@ -146,7 +149,7 @@ class GhostExecutor(MultiprocExecutor):
 
     def shutdown(self) -> None:
         if not getattr(self, "shutting_down", False):
-            for part in ("monitor", "status"):
+            for part in ("monitor", "scrubber", "status"):
                 if hasattr(self, part):
                     getattr(self, part).stop()
             if hasattr(self, "session"):

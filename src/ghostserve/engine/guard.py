@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from ghostserve.engine.messages import ArenaGeometry, RankLayout
 from ghostserve.engine.request_state import increment_of
 from ghostserve.errors import CorruptionError
 from ghostserve.shadow.keeper_client import KeeperClient
-from ghostserve.shadow.keeper_messages import Answer, Geometry, WipeDone
+from ghostserve.shadow.keeper_messages import Answer, Geometry, ScrubDone, WipeDone
 from ghostserve.shadow.manifest import BlockState, Manifest, Piece
 from ghostserve.shadow.protection import Protection
 from ghostserve.shadow.step_plan import BlockTables
@@ -68,6 +68,7 @@ class Guard:
     lock: threading.RLock = field(default_factory=threading.RLock)
     protection: Protection | None = None
     geometry: ArenaGeometry | None = None
+    on_scrubbed: Callable[[ScrubDone], object] | None = None  # called under the lock
     _blocks: PoolBlocks | None = None
     _staging: StagingArea | None = None
     _keeper: KeeperClient | None = None
@@ -126,6 +127,7 @@ class Guard:
                 frames=self.geometry.frames,
                 ranks=self.ranks,
                 parity_shards=self.limits.parity_shards,
+                element=first.element,
             )
         )
         self.protection = Protection(
@@ -205,6 +207,10 @@ class Guard:
     def _on_answer(self, answer: Answer) -> None:
         """The keeper is done with a job; called from its client's thread."""
         with self.lock:
+            if isinstance(answer, ScrubDone):
+                if self.on_scrubbed is not None:
+                    self.on_scrubbed(answer)
+                return
             assert self.protection is not None
             trouble = self.protection.answer(answer)
         if trouble is not None:

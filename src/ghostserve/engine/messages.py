@@ -62,6 +62,7 @@ class RankLayout:
     slot_bytes: tuple[int, ...]
     kv_bytes: int
     num_blocks: int
+    element: str  # what the KV consists of, by torch's name; "" if not of one kind of number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,16 @@ class RestoreReport:
     different_blocks: tuple[
         int, ...
     ] = ()  # only with the debug copy: written slots that differ from the lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairReport:
+    """What a rank did about one wrong block: where it differed, or why it could not be put right."""
+
+    ok: bool
+    layers: tuple[str, ...] = ()
+    slots: tuple[int, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

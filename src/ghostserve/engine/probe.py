@@ -43,7 +43,7 @@ def probe(
     placement = {name: tensor for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers}
     groups = []
     for group in kv_cache_config.kv_cache_groups:
-        words, strides = [], []
+        words, strides, names = [], [], []
         for name in group.layer_names:
             if name not in placement:
                 continue  # shares another layer's KV: same bytes, already mapped
@@ -53,11 +53,13 @@ def probe(
             page = kv[first // word_bytes : (first + page_bytes) // word_bytes]
             found = _probe_layer(layers[name], page, group.kv_cache_spec.block_size) + first // word_bytes
             words.append(found)
+            names.append((name, found.shape[1]))
             strides.append(np.full(found.shape[1], tensor.block_stride // word_bytes, dtype=np.int64))
         groups.append(
             GroupMap(
                 words=torch.from_numpy(np.concatenate(words, axis=1)).to(runner.device),
                 stride_words=torch.from_numpy(np.concatenate(strides)).to(runner.device),
+                layers=tuple(names),
             )
         )
     return kv, tuple(groups)
@@ -90,3 +92,20 @@ def _plane(
     slot_mapping = torch.arange(slots, dtype=torch.int64, device=cache.device) + SCRATCH_BLOCK * slots
     layer.impl.do_kv_cache_update(layer, key, value, cache, slot_mapping)
     return (page != 0).cpu().numpy()
+
+
+def element_of(runner: Any, cache_dtype: str) -> str:
+    """What the KV consists of, by torch's name; "" if it is of several kinds, or packed in a way of its own.
+
+    `cache_dtype`: vLLM's name for it, which tells what the bytes of an 8-bit cache are.
+    """
+    dtypes = {cache.dtype for cache in runner.kv_caches}
+    if len(dtypes) != 1:
+        return ""
+    (dtype,) = dtypes
+    name = str(dtype).removeprefix("torch.")
+    if dtype is torch.uint8:
+        return {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(
+            cache_dtype, ""
+        )
+    return name if dtype.is_floating_point else ""

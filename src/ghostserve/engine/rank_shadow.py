@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from ghostserve.arena.staging import StagingArea
 from ghostserve.codec.base import Bytes, Codec
 from ghostserve.codec.choose import host_codec
 from ghostserve.engine.messages import ArenaGeometry, RankLayout, RestoreReport
-from ghostserve.engine.probe import kv_storage, probe
+from ghostserve.engine.probe import element_of, kv_storage, probe
+from ghostserve.engine.rank_scrub import RankScrub
 from ghostserve.errors import CorruptionError
 from ghostserve.shadow.host_staging import HostStaging
 from ghostserve.shadow.mirror import Mirror
@@ -28,6 +30,8 @@ from ghostserve.shadow.restore import BlockRestore, rebuild_log
 from ghostserve.shadow.staging_keys import ack_key, random_key
 
 logger = logging.getLogger(__name__)
+
+RECENT_STEPS = 32  # whose pieces are remembered; a reference each
 
 
 class RankShadow:
@@ -51,11 +55,14 @@ class RankShadow:
         self._kv, self._groups = probe(runner, kv_cache_config, layers)
         self._num_blocks = kv_cache_config.num_blocks
         self._kv_bytes = kv_storage(runner).nbytes()
+        self._element = element_of(runner, runner.vllm_config.cache_config.cache_dtype)
         self._mirror: Mirror | None = None
         self._staging: StagingArea | None = None
         self._host: HostStaging | None = None  # on a CPU, with the native library
         self._codec: Codec | None = None
         self._debug_started = False
+        self._recent: deque[PackedPieces] = deque(maxlen=RECENT_STEPS)  # for faults
+        self.scrub: RankScrub | None = None  # once the arena is mapped
 
     def layout(self) -> RankLayout:
         """What the engine core compares between ranks and cuts the arena by."""
@@ -69,6 +76,7 @@ class RankShadow:
             slot_bytes=tuple(group.slot_bytes for group in layout.groups),
             kv_bytes=self._kv_bytes,
             num_blocks=self._num_blocks,
+            element=self._element,
         )
 
     def map_arena(self, geometry: ArenaGeometry) -> None:
@@ -85,6 +93,7 @@ class RankShadow:
         self._mirror.frame_bytes = geometry.frame_bytes
         self._host = self._host_staging(geometry)
         self._codec = host_codec(self._ranks, geometry.parity_shards)
+        self.scrub = RankScrub(rank=self._rank, mirror=self._mirror, decode=self._decode)
         self._staging = StagingArea(
             self._segments["staging"],
             ranks=self._ranks,
@@ -124,13 +133,18 @@ class RankShadow:
         if self._mirror is None or self._staging is None:
             return
         try:
-            checksums = self._host.stage(pieces) if self._host is not None else self._stage_each(pieces)
+            checksums = self.stage_now(pieces)
+            self._recent.append(pieces)
             if self._page.get_switch(Switch.DEBUG_COPY):
                 self._debug_copy(pieces)
             self._staging.write(self._rank, ack_key(step), epoch, checksums)
         except Exception:
             logger.exception("rank %d: step %d could not be mirrored", self._rank, step)
             self._page.add(Counter.SHADOW_ERRORS_TOTAL, 1)
+
+    def stage_now(self, pieces: PackedPieces) -> bytes:
+        """Mirror these pieces from live KV; the crc32 of each log so far, uint32, little-endian."""
+        return self._host.stage(pieces) if self._host is not None else self._stage_each(pieces)
 
     def _stage_each(self, pieces: PackedPieces) -> bytes:
         assert self._mirror is not None
@@ -240,6 +254,30 @@ class RankShadow:
             logger.warning(
                 "rank %d: injected, %d slots of block %d are corrupt", self._rank, piece.stop, piece.block
             )
+
+    def corrupt_kv(self, slot: int) -> dict[str, Any] | None:
+        """Flip a bit of live KV in a block that became whole not long ago; an injected fault. Says where, if there is one."""
+        assert self.scrub is not None
+        assert self._mirror is not None
+        sizes = [group.block_size for group in self._mirror.groups]
+        whole = [
+            [piece for piece in pieces.of_rank(self._rank) if piece.stop == sizes[piece.group]]
+            for pieces in reversed(self._recent)
+        ]
+        most = max(whole, key=len, default=[])  # a chunk of a prompt, the last one
+        if not most:
+            return None
+        block, group = most[0].block, most[0].group
+        return {"block": block, "layer": self.scrub.flip(block=block, group=group, slot=slot)}
+
+    def corrupt_tail(self) -> dict[str, Any] | None:
+        """Flip a byte in the mirror of what the last step wrote, unless that made a block whole; an injected fault."""
+        assert self._mirror is not None
+        last = self._recent[-1] if self._recent else None
+        if not last or last.of_rank(self._rank)[0].stop == self._mirror.groups[0].block_size:
+            return None
+        self.corrupt(FaultAction.CORRUPT_MIRROR, last)
+        return {"block": last.of_rank(self._rank)[0].block}
 
     def _debug_view(self) -> torch.Tensor:
         """This rank's part of the debug segment, as words like the KV memory."""

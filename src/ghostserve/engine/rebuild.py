@@ -104,6 +104,11 @@ class Rebuild:
         _, used = scheduler.needed_slots(self._executor.view, self._unwritten())
         return self._recompute(set(), used, RebuildResult(), timeout_s=timeout_s)
 
+    def refuse(self, blocks: set[int], *, timeout_s: float) -> RebuildResult:
+        """Their KV was found wrong and cannot be put right: who uses it recomputes, the prefix cache forgets it."""
+        _, used = self._session.scheduler.needed_slots(self._executor.view, self._unwritten())
+        return self._recompute(blocks, used, RebuildResult(), timeout_s=timeout_s)
+
     def _unwritten(self) -> Unwritten:
         return unwritten(
             self._executor.view, self._executor.open_steps, self._session.scheduler.block_sizes()

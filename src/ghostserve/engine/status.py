@@ -67,6 +67,7 @@ class StatusWriter:
             "ranks": [self._rank(rank) for rank in range(executor.world_size)],
             "keeper": {"pid": page.keeper_pid, "restarts": page.get(Counter.KEEPER_RESTARTS)},
             "shadow": self._shadow(guard),
+            "scrub": executor.scrubber.document(),
             "recoveries_total": page.get(Counter.RECOVERIES_TOTAL),
             "last_recovery": reports[-1] if reports else None,
             "recoveries": reports,

@@ -37,16 +37,20 @@ from ghostserve.engine.messages import (
     JoinMessage,
     RankLayout,
     RegroupMessage,
+    RepairReport,
     RestoreReport,
     SampleMessage,
     StateMessage,
     StepLeft,
     StepMessage,
 )
+from ghostserve.engine.rank_scrub import RankScrub
 from ghostserve.engine.rank_shadow import RankShadow
 from ghostserve.errors import StaleEpoch
 from ghostserve.shadow.commit_rule import StepGate
+from ghostserve.shadow.packed_pieces import PackedPieces
 from ghostserve.shadow.restore import BlockRestore
+from ghostserve.shadow.scrub import Check
 
 logger = logging.getLogger(__name__)
 
@@ -294,6 +298,40 @@ class GhostWorkerMixin:
         self._fault(FaultPoint.ADOPT)
         assert self._shadow is not None
         return self._shadow.adopt(items)
+
+    # -- the scrub, between steps ----------------------------------------------------------------------
+
+    def ghost_scrub(self, checks: list[Check]) -> tuple[int, ...]:
+        """The places in `checks` of blocks whose live KV differs here."""
+        return self._scrub.wrong(checks)
+
+    def ghost_repair(self, items: dict[int, BlockRestore]) -> RepairReport | None:
+        """Put one block of live KV right on the ranks that `items` names; None on the others."""
+        item = items.get(self.rank)
+        return None if item is None else self._scrub.repair(item)
+
+    def ghost_restore_mirror(self, ranks: frozenset[int], check: Check) -> RepairReport | None:
+        """Put the mirror of one block right on these ranks; None on the others."""
+        return self._scrub.restore_mirror(check) if self.rank in ranks else None
+
+    def ghost_mirror(self, pieces: PackedPieces) -> bytes:
+        """Mirror blocks from live KV outside of a step; their checksums."""
+        assert self._shadow is not None
+        return self._shadow.stage_now(pieces)
+
+    def ghost_corrupt_kv(self, rank: int, slot: int) -> dict[str, Any] | None:
+        """An injected fault, between steps: see `RankShadow.corrupt_kv`."""
+        return self._shadow.corrupt_kv(slot) if self.rank == rank and self._shadow is not None else None
+
+    def ghost_corrupt_tail(self, rank: int) -> dict[str, Any] | None:
+        """An injected fault, between steps: see `RankShadow.corrupt_tail`."""
+        return self._shadow.corrupt_tail() if self.rank == rank and self._shadow is not None else None
+
+    @property
+    def _scrub(self) -> RankScrub:
+        assert self._shadow is not None
+        assert self._shadow.scrub is not None
+        return self._shadow.scrub
 
     def ghost_compiled(self) -> int:
         """Debugging: how many graphs this process has compiled itself."""

@@ -132,7 +132,7 @@ class Keeper:
             if isinstance(message, messages.Geometry):
                 self._work.configure(message)
                 return None
-            if isinstance(message, messages.EncodeJob | messages.WipeJob):
+            if isinstance(message, messages.EncodeJob | messages.ScrubJob | messages.WipeJob):
                 return self._work.do(message)
             raise ProtocolError(f"{type(message).__name__} is an answer, not a job")
         except (GhostserveError, OSError) as error:

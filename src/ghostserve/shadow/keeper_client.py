@@ -29,6 +29,7 @@ from ghostserve.shadow.keeper_messages import (
     Geometry,
     Job,
     KeeperError,
+    ScrubDone,
     WipeDone,
     from_json,
     to_json,
@@ -187,7 +188,7 @@ class KeeperClient:
         if not data:
             raise ConnectionResetError("the keeper closed the connection")
         message = from_json(data)
-        number = message.job if isinstance(message, EncodeDone | WipeDone | KeeperError) else None
+        number = message.job if isinstance(message, EncodeDone | ScrubDone | WipeDone | KeeperError) else None
         with self._lock:
             job = self._jobs.sent_job(number)
             if job is None or number is None:
@@ -198,7 +199,7 @@ class KeeperClient:
                 raise ProtocolError(f"{answer} is no answer to {job}")
             self._jobs.answered(number, now_s=monotonic_s())
         self._backoff_s = _BACKOFF_MIN_S
-        assert isinstance(answer, EncodeDone | WipeDone)
+        assert isinstance(answer, EncodeDone | ScrubDone | WipeDone)
         self._tell(answer)
 
     def _break_off(self) -> None:

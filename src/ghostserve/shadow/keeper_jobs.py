@@ -14,16 +14,30 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ghostserve.shadow.keeper_messages import Answer, EncodeDone, EncodeJob, Job, Message, WipeDone, WipeJob
+from ghostserve.shadow.keeper_messages import (
+    Answer,
+    EncodeDone,
+    EncodeJob,
+    Job,
+    Message,
+    ScrubDone,
+    ScrubJob,
+    WipeDone,
+    WipeJob,
+)
 
 SENT_MAX = 16  # the rest waits here rather than in the kernel's buffers, which would fill up
 
 
 def failure(job: Job, reason: str) -> Answer:
     """The answer to a job that no keeper did."""
-    if isinstance(job, WipeJob):
-        return WipeDone(job=job.job, ok=False, reason=reason)
-    return EncodeDone(job=job.job, ok=False, reason=reason)
+    match job:
+        case WipeJob():
+            return WipeDone(job=job.job, ok=False, reason=reason)
+        case ScrubJob():
+            return ScrubDone(job=job.job, ok=False, reason=reason)
+        case EncodeJob():
+            return EncodeDone(job=job.job, ok=False, reason=reason)
 
 
 def is_answer_to(job: Job, message: Message) -> bool:
@@ -33,6 +47,8 @@ def is_answer_to(job: Job, message: Message) -> bool:
         return isinstance(message, EncodeDone) and (
             not message.ok or len(message.parity_checksums) == expected
         )
+    if isinstance(job, ScrubJob):
+        return isinstance(message, ScrubDone) and all(place < len(job.frames) for place in message.wrong)
     return isinstance(message, WipeDone)
 
 

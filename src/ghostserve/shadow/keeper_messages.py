@@ -1,7 +1,7 @@
 """What crosses between the engine core and the keeper, one JSON object per packet.
 
-    engine ── Geometry, EncodeJob, WipeJob ──▶ keeper          once connected, Geometry first
-    engine ◀── EncodeDone, WipeDone, KeeperError ──            jobs are answered in the order they came
+    engine ── Geometry, EncodeJob, ScrubJob, WipeJob ──▶ keeper          once connected, Geometry first
+    engine ◀── EncodeDone, ScrubDone, WipeDone, KeeperError ──           jobs are answered in the order they came
 
 Jobs may be sent again: doing one twice has the effect of doing it once, as long as it is not answered. What
 opens a connection (hello, role) is the arena's: `arena.handoff`.
@@ -21,12 +21,16 @@ WIPE_FRAMES_MAX = 4096  # of one WipeJob, so that it fits a packet
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """How the pool is cut, told once the workers know it; sent again to a restarted keeper."""
+    """How the pool is cut, told once the workers know it; sent again to a restarted keeper.
+
+    `element`: what the KV in a mirror consists of, as in `nonfinite.ELEMENTS`; another name if it is not to be looked at.
+    """
 
     frame_bytes: int
     frames: int
     ranks: int
     parity_shards: int
+    element: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,19 @@ class EncodeJob:
     mirrors: tuple[int, ...]
     parity: tuple[int, ...]
     nbytes: int
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScrubJob:
+    """Compare the first `nbytes[i]` bytes of frame `frames[i]` with their crc32 `checksums[i]`; nothing is written.
+
+    Frames may be given up meanwhile: they are wiped by a later job, so what is read here is what was asked for.
+    """
+
+    job: int
+    frames: tuple[int, ...]
+    nbytes: tuple[int, ...]
     checksums: tuple[int, ...]
 
 
@@ -74,6 +91,16 @@ class EncodeDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScrubDone:
+    """The answer to a ScrubJob: the places in its `frames` of those that differ. If not `ok`, nothing is known."""
+
+    job: int
+    ok: bool = True
+    wrong: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WipeDone:
     """The answer to a WipeJob. If not `ok`, the frames may still hold bytes and must not be used again."""
 
@@ -90,15 +117,19 @@ class KeeperError:
     reason: str
 
 
-Job: TypeAlias = EncodeJob | WipeJob
-Answer: TypeAlias = EncodeDone | WipeDone
-Message: TypeAlias = Geometry | EncodeJob | WipeJob | EncodeDone | WipeDone | KeeperError
+Job: TypeAlias = EncodeJob | ScrubJob | WipeJob
+Answer: TypeAlias = EncodeDone | ScrubDone | WipeDone
+Message: TypeAlias = (
+    Geometry | EncodeJob | ScrubJob | WipeJob | EncodeDone | ScrubDone | WipeDone | KeeperError
+)
 
 _KINDS: dict[str, type[Message]] = {
     "geometry": Geometry,
     "encode": EncodeJob,
+    "scrub": ScrubJob,
     "wipe": WipeJob,
     "encode-done": EncodeDone,
+    "scrub-done": ScrubDone,
     "wipe-done": WipeDone,
     "error": KeeperError,
 }

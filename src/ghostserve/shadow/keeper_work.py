@@ -1,4 +1,4 @@
-"""What the keeper does with frames: encode stripes and wipe. Knows the pool and the jobs, no socket.
+"""What the keeper does with frames: encode stripes, compare them with their checksums, and wipe. Knows the pool and the jobs, no socket.
 
 Jobs come from another process, so everything about them is checked before a byte is touched. Nothing here
 raises for a job: what goes wrong is in its answer, is logged and counted, and the next job is done.
@@ -13,14 +13,28 @@ import zlib
 
 from ghostserve.arena.control import ControlPage, Counter, FaultAction, FaultPoint
 from ghostserve.arena.memfd import Segment
+from ghostserve.clock import monotonic_s
 from ghostserve.codec.base import Bytes, Codec
 from ghostserve.codec.choose import host_codec
 from ghostserve.errors import GhostserveError, ProtocolError
-from ghostserve.shadow.keeper_messages import Answer, EncodeDone, EncodeJob, Geometry, Job, WipeDone, WipeJob
+from ghostserve.shadow.keeper_jobs import failure
+from ghostserve.shadow.keeper_messages import (
+    Answer,
+    EncodeDone,
+    EncodeJob,
+    Geometry,
+    Job,
+    ScrubDone,
+    ScrubJob,
+    WipeDone,
+    WipeJob,
+)
+from ghostserve.shadow.nonfinite import count_nonfinite
 
 logger = logging.getLogger(__name__)
 
 KEEPER_RANK = 0  # under which faults at KEEPER_ENCODING are armed
+NONFINITE_EVERY_S = 10.0  # a model that has gone wrong does so in every block
 
 
 class KeeperWork:
@@ -31,6 +45,8 @@ class KeeperWork:
         self._control = control
         self._geometry: Geometry | None = None
         self._codec: Codec | None = None
+        self._nonfinite_blocks = 0  # since the last word about them
+        self._nonfinite_told_s = float("-inf")
 
     def configure(self, geometry: Geometry) -> None:
         """Take a geometry. ProtocolError if the pool has no room for it, UsageError if no code fits."""
@@ -51,7 +67,7 @@ class KeeperWork:
             if isinstance(job, WipeJob):
                 self._wipe(job)
                 return WipeDone(job=job.job)
-            return self._encode(job)
+            return self._scrub(job) if isinstance(job, ScrubJob) else self._encode(job)
         except ProtocolError as error:
             logger.warning("job %d refused: %s", job.job, error)
             reason = str(error)
@@ -59,9 +75,7 @@ class KeeperWork:
             logger.exception("job %d failed", job.job)
             reason = f"{type(error).__name__}: {error}"
         self._control.add(Counter.SHADOW_ERRORS_TOTAL)
-        if isinstance(job, WipeJob):
-            return WipeDone(job=job.job, ok=False, reason=reason)
-        return EncodeDone(job=job.job, ok=False, reason=reason)
+        return failure(job, reason)
 
     def _encode(self, job: EncodeJob) -> EncodeDone:
         mirrors, parity, codec = self._stripe(job)
@@ -78,6 +92,7 @@ class KeeperWork:
             logger.error("block %d: the mirrors of ranks %s differ from their checksums", job.block, bad)
             self._control.add(Counter.CHECKSUM_REFUSALS_TOTAL)
             return EncodeDone(job=job.job, ok=False, bad_ranks=bad, reason="checksum of a mirror")
+        self._count_nonfinite(job.block, mirrors)
         half = job.nbytes // 2
         codec.encode([shard[:half] for shard in mirrors], [shard[:half] for shard in parity])
         _strike(fault)
@@ -88,6 +103,43 @@ class KeeperWork:
                 spare[0] ^= 1
         self._control.add(Counter.ENCODE_BYTES_TOTAL, job.nbytes * len(mirrors))
         return EncodeDone(job=job.job, ok=True, parity_checksums=checksums)
+
+    def _count_nonfinite(self, block: int, mirrors: list[Bytes]) -> None:
+        """Here rather than in a step: the bytes are about to be read anyway, and nobody waits."""
+        element = self._known_geometry().element
+        found = {rank: count for rank, log in enumerate(mirrors) if (count := count_nonfinite(log, element))}
+        if not found:
+            return
+        self._control.add(Counter.KV_NAN_TOTAL, sum(count.nan for count in found.values()))
+        self._control.add(Counter.KV_INF_TOTAL, sum(count.inf for count in found.values()))
+        self._nonfinite_blocks += 1
+        if monotonic_s() - self._nonfinite_told_s < NONFINITE_EVERY_S:
+            return
+        self._nonfinite_told_s = monotonic_s()
+        logger.warning(
+            "block %d holds KV that is no number: %s (%d such blocks since the last word)",
+            block,
+            ", ".join(f"rank {rank}: {count.nan} NaN, {count.inf} infinite" for rank, count in found.items()),
+            self._nonfinite_blocks,
+        )
+        self._nonfinite_blocks = 0
+
+    def _scrub(self, job: ScrubJob) -> ScrubDone:
+        geometry = self._known_geometry()
+        if not len(job.frames) == len(job.nbytes) == len(job.checksums):
+            raise ProtocolError(
+                f"{len(job.frames)} frames, {len(job.nbytes)} lengths, {len(job.checksums)} checksums"
+            )
+        if not all(0 < nbytes <= geometry.frame_bytes for nbytes in job.nbytes):
+            raise ProtocolError(f"{job.nbytes[:16]} bytes of frames of {geometry.frame_bytes}")
+        _check_frames(job.frames, geometry)
+        wrong = tuple(
+            place
+            for place, (frame, nbytes) in enumerate(zip(job.frames, job.nbytes, strict=True))
+            if zlib.crc32(self._shard(frame, nbytes).data) != job.checksums[place]
+        )
+        self._control.add(Counter.SCRUBBED_BYTES_TOTAL, sum(job.nbytes))
+        return ScrubDone(job=job.job, wrong=wrong)
 
     def _wipe(self, job: WipeJob) -> None:
         geometry = self._known_geometry()

@@ -26,10 +26,12 @@ class GroupMap:
     """Word offsets of one KV group: `words[slot]` for block 0; block b adds `b * stride_words` elementwise.
 
     Shapes: words [block_size, words_per_slot], stride_words [words_per_slot], both int64 on the KV's device.
+    `layers`: names and words per slot, in the order in which a slot's words are; only to name a place.
     """
 
     words: torch.Tensor
     stride_words: torch.Tensor
+    layers: tuple[tuple[str, int], ...] = ()
 
     @property
     def block_size(self) -> int:
@@ -38,6 +40,11 @@ class GroupMap:
     @property
     def words_per_slot(self) -> int:
         return self.words.shape[1]
+
+    @property
+    def named_layers(self) -> tuple[tuple[str, int], ...]:
+        """`layers`; all words as one where they are not known."""
+        return self.layers or (("unknown", self.words_per_slot),)
 
 
 @dataclass(slots=True)
@@ -102,6 +109,10 @@ class Mirror:
         layout = self.groups[group]
         target = self._frame(frame)[: layout.block_size * self.slot_bytes(group)]
         self._gather(block, group, 0, layout.block_size, target)
+
+    def gather(self, *, block: int, group: int, slots: int, target: npt.NDArray[np.uint8]) -> None:
+        """Copy the first `slots` slots of live KV into `target`, as long as their packed log."""
+        self._gather(block, group, 0, slots, target)
 
     def adopt(
         self, *, block: int, group: int, slots: int, log: npt.NDArray[np.uint8], checksum: int | None

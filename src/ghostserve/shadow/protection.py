@@ -15,8 +15,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ghostserve.shadow.keeper_messages import WIPE_FRAMES_MAX, Answer, EncodeJob, Job, WipeDone, WipeJob
+from ghostserve.shadow.keeper_messages import (
+    WIPE_FRAMES_MAX,
+    Answer,
+    EncodeDone,
+    EncodeJob,
+    Job,
+    ScrubJob,
+    WipeDone,
+    WipeJob,
+)
 from ghostserve.shadow.manifest import Manifest, Piece
+from ghostserve.shadow.scrub import Check
 from ghostserve.shadow.staging_keys import ack_key, random_key
 from ghostserve.shadow.step_plan import BlockTables, StepIncrement
 
@@ -176,6 +186,20 @@ class Protection:
             self._wipes[job] = frames[first : first + WIPE_FRAMES_MAX]
             self.keeper.submit(WipeJob(job=job, frames=self._wipes[job]))
 
+    def scrub(self, checks: Iterable[Check]) -> int:
+        """Have the keeper compare frames with their checksums, as its ScrubDone will tell; the job's number."""
+        known = tuple(checks)
+        job, self._next_wipe = 2 * self._next_wipe + 1, self._next_wipe + 1
+        self.keeper.submit(
+            ScrubJob(
+                job=job,
+                frames=tuple(frame for check in known for frame in check.frames),
+                nbytes=tuple(check.nbytes for check in known for _ in check.frames),
+                checksums=tuple(checksum for check in known for checksum in check.checksums),
+            )
+        )
+        return job
+
     def hold(self) -> None:
         """Blocks are being restored: the keeper's answers wait, they would free mirrors that are being read."""
         self._held = []
@@ -197,7 +221,7 @@ class Protection:
                 self.manifest.pool.release(frames)
             else:  # they may still hold users' text: never reused unwiped
                 trouble = f"{len(frames)} frames could not be wiped and are withheld: {answer.reason}"
-        else:
+        elif isinstance(answer, EncodeDone):
             self.manifest.job_done(answer.job // 2, ok=answer.ok, parity_checksums=answer.parity_checksums)
             if not answer.ok:
                 trouble = f"the keeper refused a stripe: {answer.reason}"

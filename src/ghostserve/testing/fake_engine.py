@@ -88,6 +88,7 @@ class FakeEngine:
             "ranks": ranks,
             "keeper": {"pid": self.keeper.pid, "restarts": 0},
             "shadow": self._shadow(),
+            "scrub": self._scrub(),
             "recoveries_total": len(self.recoveries),
             "last_recovery": self.recoveries[-1] if self.recoveries else None,
             "recoveries": self.recoveries[-16:],
@@ -109,6 +110,29 @@ class FakeEngine:
             "backlog_blocks": 0,
             "bound_bytes": (blocks + 6) * FRAME_BYTES,
             "bound_holds": True,
+        }
+
+    def _scrub(self) -> dict[str, Any]:
+        blocks = self.tokens // BLOCK_TOKENS
+        progress = {"rounds": 1, "blocks_done": blocks, "blocks": blocks}
+        names = (
+            "kv_mismatches",
+            "mirror_mismatches",
+            "parity_mismatches",
+            "repaired",
+            "refused",
+            "kv_nan",
+            "kv_inf",
+        )
+        return {
+            "rate_bytes_s": 16 << 20,
+            "kv": progress,
+            "frames": progress,
+            "bytes_total": 3 * blocks * FRAME_BYTES,
+            "blocks_total": 2 * blocks,
+            **{f"{name}_total": 0 for name in names},
+            "waiting": 0,
+            "findings": [],
         }
 
     def counters(self) -> dict[str, int]:
