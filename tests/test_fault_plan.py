@@ -25,7 +25,7 @@ EVERYTHING = (
     .blocked(rank=0).at_absolute_step(900)
     .slow(rank=1, factor=8, steps=30)
     .oom(rank=0).in_recovery("state")
-    .corrupt_kv(rank=1).at_step(20)
+    .corrupt_kv(rank=1, dies=True).at_step(20)
     .corrupt_mirror(rank=0).at_step(1)
     .corrupt_parity()
     .keeper_crash().at_token(3)
@@ -179,6 +179,15 @@ def test_steps_count_from_the_fault_before() -> None:
         ("after_model", 0, "slow", 1),
     ]
     assert admin.armed[-1]["argument"] == 3
+
+
+def test_a_rank_that_dies_with_its_corrupt_kv() -> None:
+    admin = Admin()
+    run(FaultPlan().corrupt_kv(rank=1, dies=True).at_step(2).corrupt_kv(rank=0, dies=True), admin, 0)
+    assert [fault["argument"] for fault in admin.armed] == [1, 1]
+    assert admin.calls == [("staged", 1, "corrupt_kv", 1), ("staged", 0, "corrupt_kv", 0)]
+    with pytest.raises(UsageError, match="dies says nothing"):
+        FaultPlan.from_dict({"faults": [{"kind": "crash", "rank": 0, "dies": True}]})
 
 
 def test_an_absolute_step_that_is_over() -> None:

@@ -124,9 +124,7 @@ def test_corrupt_kv_changes_what_follows(float32: Served) -> None:
 def test_corrupt_kv_of_a_rank_that_dies_in_the_same_step(float32: Served) -> None:
     """The mirror was taken before: what is restored is what the rank should have held."""
     before, reference = float32.recoveries(), float32.reference(SEEDED)
-    float32.arm(point="staged", rank=1, action="corrupt_kv", skip=30)
-    float32.arm(point="before_reply", rank=1, action="kill", skip=30)
-    assert_same(reference, float32.run(SEEDED))
+    assert_same(reference, run(float32, FaultPlan().corrupt_kv(rank=1, dies=True).at_step(31)))
     assert_rebuilt(float32.recovery(after=before), sealed=False)
 
 

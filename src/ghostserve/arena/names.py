@@ -153,5 +153,7 @@ class Fault:
     rank: int
     action: FaultAction
     skip: int = 0
-    argument: int = 0  # SLOW: how many times slower
+    argument: int = (
+        0  # SLOW: how many times slower; CORRUPT_KV: 1: and it ends by SIGKILL, before anybody reads it
+    )
     count: int = 1  # 0: each time, until it is disarmed

@@ -23,11 +23,12 @@ EXIT_INTERRUPTED = 130
 VERBS = {
     "serve": "serve a model over the OpenAI API; takes every flag of vLLM's own server",
     "status": "show a running server's workers, shadow and recoveries",
-    "kill": "SIGKILL one worker of a running server",
+    "kill": "have a running server suffer a fault, by default the death of a worker",
     "demo": "kill a worker in the middle of an answer and check that the answer goes on unchanged",
     "bench": "measure what the codec reaches on this machine",
+    "chaos": "load a server, have faults of all kinds strike it, and compare every answer",
 }
-NEEDS_PLATFORM = frozenset({"serve", "demo"})
+NEEDS_PLATFORM = frozenset({"serve", "demo", "chaos"})
 """The verbs that start a server here; the others only ask one, which may be elsewhere."""
 HELP = frozenset({"-h", "--help"})
 ONLY_TELLS = HELP | {"help", "-V", "--version", "status"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import struct
 from collections import deque
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ghostserve.arena.control import ControlPage, Counter, FaultAction, Switch
+from ghostserve.arena.control import ControlPage, Counter, Fault, FaultAction, Switch
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.staging import StagingArea
 from ghostserve.codec.base import Bytes, Codec
@@ -237,7 +238,7 @@ class RankShadow:
 
     # -- faults and proof ------------------------------------------------------------------------------
 
-    def corrupt(self, action: FaultAction, pieces: PackedPieces) -> None:
+    def corrupt(self, fault: Fault, pieces: PackedPieces) -> None:
         """An injected fault: flip bits of what this step wrote, in its mirror or in live KV.
 
         It strikes the first block that the step made whole, or else the first one that it wrote to.
@@ -247,13 +248,15 @@ class RankShadow:
             return
         written = pieces.of_rank(self._rank)
         piece = next((p for p in written if p.stop == mirror.groups[p.group].block_size), written[0])
-        if action is FaultAction.CORRUPT_MIRROR:
+        if fault.action is FaultAction.CORRUPT_MIRROR:
             mirror.frame(piece.frame)[piece.start * mirror.slot_bytes(piece.group)] ^= 0xFF
-        elif action is FaultAction.CORRUPT_KV:
+        elif fault.action is FaultAction.CORRUPT_KV:
             mirror.flip_signs(block=piece.block, group=piece.group, slots=piece.stop)
             logger.warning(
                 "rank %d: injected, %d slots of block %d are corrupt", self._rank, piece.stop, piece.block
             )
+            if fault.argument:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def corrupt_kv(self, slot: int) -> dict[str, Any] | None:
         """Flip a bit of live KV in a block that became whole not long ago; an injected fault. Says where, if there is one."""

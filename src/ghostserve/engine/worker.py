@@ -129,7 +129,7 @@ class GhostWorkerMixin:
             self._shadow.stage(epoch=message.epoch, step=message.step, pieces=pieces)
         self._stamp(message, StampStatus.STAGED)
         if message.pieces and (fault := self._fault(FaultPoint.STAGED)) and self._shadow is not None:
-            self._shadow.corrupt(fault.action, message.pieces)
+            self._shadow.corrupt(fault, message.pieces)
         if output is not None:
             self._finish(message)
             return output

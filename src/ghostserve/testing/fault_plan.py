@@ -63,6 +63,7 @@ class PlannedFault:
     then: bool = False  # its time counts from the fault before it
     steps: int | None = None  # of kinds that last; 0: until disarmed
     factor: int | None = None  # of SLOW
+    dies: bool = False  # of CORRUPT_KV: the rank ends by SIGKILL before anybody reads what it holds
 
     def __post_init__(self) -> None:
         facts = KINDS[self.kind]
@@ -76,6 +77,8 @@ class PlannedFault:
                 raise UsageError(f"{self.kind}: {name} says nothing about it: leave it out")
             if value is not None and (type(value) is not int or value < 0):
                 raise UsageError(f"{self.kind}: {name} {value!r} must be a whole number from 0 on")
+        if self.dies and self.kind is not FaultKind.CORRUPT_KV:
+            raise UsageError(f"{self.kind}: dies says nothing about it: leave it out")
         self._check_time()
 
     def _check_time(self) -> None:
@@ -139,9 +142,9 @@ class FaultPlan:
         """The kernel kills the worker for its memory."""
         return self._add(FaultKind.OOM, rank=rank)
 
-    def corrupt_kv(self, *, rank: int) -> FaultPlan:
-        """Bits of a live block flip on one rank."""
-        return self._add(FaultKind.CORRUPT_KV, rank=rank)
+    def corrupt_kv(self, *, rank: int, dies: bool = False) -> FaultPlan:
+        """Bits of a live block flip on one rank; if it `dies`, by SIGKILL, before anybody reads them."""
+        return self._add(FaultKind.CORRUPT_KV, rank=rank, dies=dies)
 
     def corrupt_mirror(self, *, rank: int) -> FaultPlan:
         """A byte of a mirror flips after its checksum was taken."""
@@ -289,6 +292,7 @@ def _fault_as_dict(fault: PlannedFault) -> dict[str, Any]:
     return {
         "kind": fault.kind.value,
         **{name: value for name, value in values.items() if value is not None},
+        **({"dies": True} if fault.dies else {}),
         **({"at": at} if at else {}),
         **({"then": True} if fault.then else {}),
     }
@@ -297,14 +301,15 @@ def _fault_as_dict(fault: PlannedFault) -> dict[str, Any]:
 def _fault_of(item: object) -> PlannedFault:
     if not isinstance(item, Mapping):
         raise UsageError(f'{item!r} is no fault; write {{"kind": "crash", "rank": 0}}')
-    _only(item, ("kind", "rank", "steps", "factor", "at", "then"))
+    _only(item, ("kind", "rank", "steps", "factor", "dies", "at", "then"))
     name = item.get("kind")
     kind = kind_of(name) if isinstance(name, str) else None
     if kind is None:
         raise UsageError(f"there is no kind {name!r}; choose one of {', '.join(FaultKind)}")
-    then = item.get("then", False)
-    if not isinstance(then, bool):
-        raise UsageError(f"'then' is {then!r}; write true or false")
+    flags = {name: item.get(name, False) for name in ("then", "dies")}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise UsageError(f"{name!r} is {flag!r}; write true or false")
     at = item.get("at", {})
     if not isinstance(at, Mapping):
         raise UsageError(f"'at' is {at!r}; write for example {{\"token\": 40}}")
@@ -315,7 +320,7 @@ def _fault_of(item: object) -> PlannedFault:
     if "recovery" in when:
         when["recovery"] = _one_of(when["recovery"], Phase, "recovery phase")
     values = {name: item[name] for name in ("rank", "steps", "factor") if name in item}
-    return PlannedFault(kind=kind, when=When(**when), then=then, **values)
+    return PlannedFault(kind=kind, when=When(**when), **flags, **values)
 
 
 def _only(item: Mapping[Any, Any], names: Sequence[str]) -> None:

@@ -59,6 +59,7 @@ class FaultRunner:
 
     def __init__(self, admin: Admin, plan: FaultPlan) -> None:
         """Raises UsageError for a plan that names a phase which its rank does not come by."""
+        self.plan = plan
         self._admin = admin
         self._faults = plan.faults
         self._done: dict[int, Performed] = {}
@@ -153,7 +154,7 @@ class FaultRunner:
             armed = self._step_fault(fault, skip=steps_before + when.step - 1)
         elif when.absolute_step is not None:
             armed = self._step_fault(fault, skip=self._steps_until(when.absolute_step))
-        elif when.request is RequestPhase.PREFILL and KINDS[fault.kind].action is not None:
+        elif fault.dies or (when.request is RequestPhase.PREFILL and KINDS[fault.kind].action is not None):
             armed = self._step_fault(fault, skip=0)
         if armed is None:
             answer = self._admin.inflict(
@@ -179,13 +180,13 @@ class FaultRunner:
     def _step_fault(self, fault: PlannedFault, *, skip: int) -> Fault:
         facts = KINDS[fault.kind]
         assert facts.action is not None
-        default_factor = DEFAULT_FACTOR if fault.kind is FaultKind.SLOW else 0
+        default_argument = DEFAULT_FACTOR if fault.kind is FaultKind.SLOW else int(fault.dies)
         return Fault(
             point=facts.points[0],
             rank=fault.rank or 0,
             action=facts.action,
             skip=skip,
-            argument=default_factor if fault.factor is None else fault.factor,
+            argument=default_argument if fault.factor is None else fault.factor,
             count=(DEFAULT_STEPS if facts.lasts else 1) if fault.steps is None else fault.steps,
         )
 

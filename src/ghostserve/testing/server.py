@@ -224,6 +224,13 @@ class ServerProcess:
 
     # -- stopping ---------------------------------------------------------------------------------------
 
+    def terminate(self, *, timeout_s: float = 30.0) -> int | None:
+        """SIGTERM and nothing more, so that one sees what it leaves; the exit status, None if it goes on."""
+        assert self._process is not None, "not started"
+        self.record_processes()
+        self._process.send_signal(signal.SIGTERM)
+        return self.wait_exit(timeout_s=timeout_s)
+
     def stop(self, *, timeout_s: float = 20.0) -> int | None:
         """SIGTERM, then SIGKILL for whoever is left of the family; the front's exit status. May be repeated.
 

@@ -1,0 +1,94 @@
+"""The processes of a chaos run: the clients, and what the server's own hold and leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ghostserve.testing.chaos_report import Resources
+from ghostserve.testing.leaks import SHARED_MEMORY_DIR, family_of
+from ghostserve.testing.server import ServerProcess
+
+
+class ClientProcess:
+    """The clients, and what they say."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ghostserve.testing.chaos_client"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.decoding: set[int] = set()  # streams in mid-answer
+        self.events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.tell(config)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def tell(self, command: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join(timeout=10)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            event = json.loads(line)
+            if event["event"] == "first":
+                self.decoding.add(event["stream"])
+                continue
+            if event["event"] == "end":
+                self.decoding.discard(event["stream"])
+            self.events.put(event)
+
+
+def resources(server: ServerProcess, status: Mapping[str, Any]) -> Resources:
+    """What it holds now. Workers and keeper come and go, so only what lives from start to end is looked into."""
+    passing = {rank["pid"] for rank in status["ranks"]} | {status["keeper"]["pid"]}
+    passing |= {standby["pid"] for standby in status.get("standbys") or ()}
+    descriptors, memory = {}, {}
+    family = family_of(server.pid)
+    for mark in family:
+        if mark.pid in passing:
+            continue
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(mark.pid)
+            name = f"{mark.title} ({mark.pid})"
+            descriptors[name], memory[name] = process.num_fds(), process.memory_info().rss
+    return Resources(
+        processes=len(family),
+        shared_memory_names=len(list(SHARED_MEMORY_DIR.iterdir())) if SHARED_MEMORY_DIR.is_dir() else 0,
+        descriptors=descriptors,
+        memory_bytes=memory,
+    )
+
+
+def left_behind(server: ServerProcess, own_directory: Path) -> list[str]:
+    """After the server has stopped by itself: processes, names of shared memory, and files beside its log."""
+    leaks = server.leaks(settle_s=5.0)
+    files = [path.name for path in own_directory.iterdir() if path != server.log_file]
+    return [
+        *(f"process {mark.pid} ({mark.title})" for mark in leaks.processes),
+        *(f"shared memory {name}" for name in leaks.shared_memory),
+        *(f"temporary file {name}" for name in files),
+    ]
