@@ -107,7 +107,9 @@ def test_fetching_waits_for_somebody_to_listen(
 
 def test_fetching_ends_in_time(address: str) -> None:
     began_s = monotonic_s()
-    with pytest.raises(StartError, match=rf"no arena within 0\.3 s \(@{address}: .*refused"):
+    with pytest.raises(
+        StartError, match=rf"no arena within 0\.3 s \(@{address}-front: .*@{address}: .*refused"
+    ):
         handoff.fetch_segments(address, timeout_s=0.3)
     assert 0.2 < monotonic_s() - began_s < 5
 
@@ -117,6 +119,21 @@ def test_a_keeper_that_hangs_does_not_keep_the_front_from_answering(
 ) -> None:
     hung = handoff.listen(address)  # connections are queued by the kernel and never answered
     server = Server(handoff.front_address(address), segments)
+    began_s = monotonic_s()
+    try:
+        for segment in handoff.fetch_segments(address, timeout_s=20).values():
+            segment.close()
+    finally:
+        server.close()
+        hung.close()
+    assert monotonic_s() - began_s < 5, "a replacement waited for the keeper"
+
+
+def test_a_front_that_hangs_does_not_keep_the_keeper_from_answering(
+    address: str, segments: dict[str, Segment]
+) -> None:
+    hung = handoff.listen(handoff.front_address(address))
+    server = Server(address, segments)
     try:
         for segment in handoff.fetch_segments(address, timeout_s=1).values():
             segment.close()

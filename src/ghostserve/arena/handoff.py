@@ -8,7 +8,7 @@ it, or take it while the keeper is being restarted. So both sides ask the kernel
 processes of their own user only.
 
 The front process answers at an address of its own (`front_address`), so that a replacement gets the arena
-also while there is no keeper.
+also while there is no keeper, or one that hangs.
 """
 
 from __future__ import annotations
@@ -129,17 +129,19 @@ def send_segments(sock: socket.socket, segments: Mapping[str, Segment]) -> None:
 
 
 def fetch_segments(address: str, *, timeout_s: float) -> dict[str, Segment]:
-    """The arena's segments by name, mapped; asks the keeper, then the front, until one answers.
+    """The arena's segments by name, mapped; asks the front, then the keeper, until one answers.
+
+    The front first: it does nothing else, and a replacement must not wait for a keeper that hangs.
 
     Raises StartError with the last reason after `timeout_s`.
     """
     deadline_s = monotonic_s() + timeout_s
     while True:
         reasons = []
-        for place in (address, front_address(address)):
+        for place in (front_address(address), address):
             remaining_s = deadline_s - monotonic_s()
             try:
-                # Half, so that a keeper that hangs leaves time to ask the front.
+                # Half, so that one that hangs leaves time to ask the other.
                 return _fetch_once(place, timeout_s=max(remaining_s / 2, _RETRY_S))
             except (OSError, ProtocolError) as error:
                 reasons.append(f"@{place}: {error}")

@@ -21,7 +21,7 @@ from ghostserve.cli.arguments import Parser, new_parser
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import UnsupportedError, UsageError
 from ghostserve.testing.chaos_load import MODELS_DIR, make_requests
-from ghostserve.testing.chaos_processes import left_behind
+from ghostserve.testing.chaos_processes import OwnNames, left_behind
 from ghostserve.testing.chaos_report import as_document, as_text
 from ghostserve.testing.chaos_run import Chaos, Settings
 from ghostserve.testing.fault_plan import FaultPlan
@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
             [*_command(options.serve), "--enable-fault-injection", "--served-model-name", MODEL_NAME],
             log_dir=directory,
             log_file=options.log,
-            env={"TMPDIR": str(own), "VLLM_RPC_BASE_PATH": str(own)},
+            env={"TMPDIR": str(own), "TORCHINDUCTOR_CACHE_DIR": str(directory / "cache")},
         )
         stack.callback(server.kill_tree)
         say(f"seed {options.seed}: starting a server")
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
             say=say,
         )
         chaos.run()
-        chaos.tally.left_behind = _end(server, own)
+        chaos.tally.left_behind = _end(server, own, chaos.names)
     document = as_document(chaos.tally, seed=options.seed, wall_s=monotonic_s() - began_s)
     say(as_text(document))
     if options.json:
@@ -171,11 +171,11 @@ def main(argv: Sequence[str]) -> int:
     return 0 if document["ok"] else EXIT_VIOLATION
 
 
-def _end(server: ServerProcess, own: Path) -> list[str]:
+def _end(server: ServerProcess, own: Path, names: OwnNames) -> list[str]:
     """Have the server end by itself, and see what stays."""
     if server.poll() is None:
         server.terminate()
-    return left_behind(server, own)
+    return left_behind(server, own, names)
 
 
 def _command(serve: Sequence[str]) -> list[str]:

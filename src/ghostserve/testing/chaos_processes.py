@@ -8,15 +8,19 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.testing.chaos_report import Resources
 from ghostserve.testing.leaks import SHARED_MEMORY_DIR, family_of
 from ghostserve.testing.server import ServerProcess
+
+
+GONE_TIMEOUT_S = 5.0  # what waits for a pipe of the server to close ends after it
 
 
 class ClientProcess:
@@ -62,8 +66,36 @@ class ClientProcess:
             self.events.put(event)
 
 
-def resources(server: ServerProcess, status: Mapping[str, Any]) -> Resources:
+class OwnNames:
+    """The names in /dev/shm that are a server's, told by who has them mapped: others may use the directory, too."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def note(self, server: ServerProcess) -> set[str]:
+        """Remember what its processes have mapped now, and return that."""
+        mapped = {name for mark in family_of(server.pid) for name in _mapped_names(mark.pid)}
+        self._seen |= mapped
+        return mapped
+
+    def orphans(self, mapped: Collection[str] = ()) -> list[str]:
+        """What was the server's, is still there, and is mapped by none of its processes any more."""
+        return sorted(name for name in self._seen - set(mapped) if (SHARED_MEMORY_DIR / name).exists())
+
+
+def _mapped_names(pid: int) -> set[str]:
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return set()
+    prefix = f"{SHARED_MEMORY_DIR}/"
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if prefix in line}
+    return {path.removeprefix(prefix) for path in paths if not path.endswith(" (deleted)")}
+
+
+def resources(server: ServerProcess, status: Mapping[str, Any], names: OwnNames) -> Resources:
     """What it holds now. Workers and keeper come and go, so only what lives from start to end is looked into."""
+    mapped = names.note(server)
     passing = {rank["pid"] for rank in status["ranks"]} | {status["keeper"]["pid"]}
     passing |= {standby["pid"] for standby in status.get("standbys") or ()}
     descriptors, memory = {}, {}
@@ -77,18 +109,20 @@ def resources(server: ServerProcess, status: Mapping[str, Any]) -> Resources:
             descriptors[name], memory[name] = process.num_fds(), process.memory_info().rss
     return Resources(
         processes=len(family),
-        shared_memory_names=len(list(SHARED_MEMORY_DIR.iterdir())) if SHARED_MEMORY_DIR.is_dir() else 0,
+        orphaned_names=len(names.orphans(mapped)),
         descriptors=descriptors,
         memory_bytes=memory,
     )
 
 
-def left_behind(server: ServerProcess, own_directory: Path) -> list[str]:
-    """After the server has stopped by itself: processes, names of shared memory, and files beside its log."""
-    leaks = server.leaks(settle_s=5.0)
+def left_behind(server: ServerProcess, own_directory: Path, names: OwnNames) -> list[str]:
+    """After the server has stopped by itself: processes, names of shared memory, and temporary files."""
+    deadline_s = monotonic_s() + GONE_TIMEOUT_S
+    while (leaks := server.leaks()).processes and monotonic_s() < deadline_s:
+        sleep_s(0.1)
     files = [path.name for path in own_directory.iterdir() if path != server.log_file]
     return [
         *(f"process {mark.pid} ({mark.title})" for mark in leaks.processes),
-        *(f"shared memory {name}" for name in leaks.shared_memory),
+        *(f"shared memory {name}" for name in names.orphans()),
         *(f"temporary file {name}" for name in files),
     ]

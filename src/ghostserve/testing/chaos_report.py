@@ -22,7 +22,6 @@ REBUILD_SHARE_MIN = (
 SINGLE_LOSSES_MIN = 3  # fewer say nothing about a share
 DESCRIPTORS_SLACK = 12  # log files, sockets of a request just ended
 MEMORY_SLACK_BYTES = 256 << 20
-NAMES_SLACK = 4
 
 Tokens = Mapping[int, Sequence[int]]
 
@@ -49,7 +48,7 @@ class Resources:
     """What the server holds when nothing runs. By process title, of those that live from start to end."""
 
     processes: int
-    shared_memory_names: int
+    orphaned_names: int  # of shared memory, that no process of it maps any more
     descriptors: Mapping[str, int]
     memory_bytes: Mapping[str, int]
 
@@ -159,9 +158,9 @@ def _growth(before: Resources, after: Resources) -> list[str]:
     found = []
     if after.processes > before.processes:
         found.append(f"{after.processes} processes where there were {before.processes}")
-    if after.shared_memory_names > before.shared_memory_names + NAMES_SLACK:
+    if after.orphaned_names > before.orphaned_names:
         found.append(
-            f"{after.shared_memory_names} names of shared memory where there were {before.shared_memory_names}"
+            f"{after.orphaned_names} names of shared memory that nobody uses, before {before.orphaned_names}"
         )
     for title, count in after.descriptors.items():
         if count > before.descriptors.get(title, count) + DESCRIPTORS_SLACK:
@@ -208,7 +207,7 @@ def as_document(tally: Tally, *, seed: int, wall_s: float) -> dict[str, Any]:
             if held is None
             else {
                 "processes": held.processes,
-                "shared_memory_names": held.shared_memory_names,
+                "orphaned_names": held.orphaned_names,
                 "descriptors": dict(held.descriptors),
                 "memory_bytes": dict(held.memory_bytes),
             }
@@ -248,7 +247,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         told = ", ".join(f"{name} {outage[name]:.2f} s" for name in _PERCENTILES)
         lines.append(f"outage      {told} (longest silence of a stream, {outage['count']} losses)")
     if held["before"] and held["after"]:
-        names = {"processes": "processes", "shared_memory_names": "names of shared memory"}
+        names = {"processes": "processes", "orphaned_names": "unused names of shared memory"}
         told = ", ".join(f"{held['before'][n]} → {held['after'][n]} {what}" for n, what in names.items())
         grown = sum(held["after"]["descriptors"].values()) - sum(held["before"]["descriptors"].values())
         grown_mib = (

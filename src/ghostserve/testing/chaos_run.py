@@ -20,7 +20,7 @@ from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import CheckFailed, EngineLost, GhostserveError
 from ghostserve.testing.chaos_faults import KEEPER_KINDS, KEEPER_REST_S, Injection, choose
 from ghostserve.testing.chaos_load import Request
-from ghostserve.testing.chaos_processes import ClientProcess, resources
+from ghostserve.testing.chaos_processes import ClientProcess, OwnNames, resources
 from ghostserve.testing.chaos_report import Outcome, Resources, Tally
 from ghostserve.testing.fault_plan import FaultPlan, PlannedFault
 from ghostserve.testing.fault_runner import LOSING, FaultRunner
@@ -57,6 +57,7 @@ class Chaos:
     settings: Settings
     say: Callable[[str], None]
     tally: Tally = field(default_factory=Tally)
+    names: OwnNames = field(default_factory=OwnNames)
     _references: dict[int, dict[int, list[int]]] = field(default_factory=dict)
     _keeper_fault_s: float = float("-inf")
     _performed: list[str] = field(default_factory=list)  # of the plan, as the clients say
@@ -184,6 +185,7 @@ class Chaos:
             sleep_s(POLL_S)
         before = self.server.status()
         self.server.record_processes()
+        self.names.note(self.server)
         leaves = [fault for fault in injection.plan.faults if fault.kind is FaultKind.CLIENT_GONE]
         rest = FaultPlan(tuple(fault for fault in injection.plan.faults if fault not in leaves))
         at_s, decoding = monotonic_s(), len(clients.decoding)
@@ -290,7 +292,7 @@ class Chaos:
 
     def _held(self) -> Resources:
         sleep_s(1.0)  # what ends takes a moment to be gone
-        return resources(self.server, self._status())
+        return resources(self.server, self._status(), self.names)
 
     def _settle(self) -> dict[str, Any]:
         """Serving again with all ranks, for CALM_S; raises CheckFailed if that takes too long."""
