@@ -19,7 +19,6 @@ from ghostserve.testing.chaos_report import Resources
 from ghostserve.testing.leaks import SHARED_MEMORY_DIR, family_of
 from ghostserve.testing.server import ServerProcess
 
-
 GONE_TIMEOUT_S = 5.0  # what waits for a pipe of the server to close ends after it
 
 
