@@ -144,6 +144,7 @@ class GhostExecutor(MultiprocExecutor):
         logger.critical("the server process is gone: ending")
         for worker in self.workers:
             worker.proc.kill()
+        self.starter.standbys.close()
         self.leftovers.remove_all()
         os._exit(1)
 
@@ -152,6 +153,8 @@ class GhostExecutor(MultiprocExecutor):
             for part in ("monitor", "scrubber", "status"):
                 if hasattr(self, part):
                     getattr(self, part).stop()
+            if hasattr(self, "starter"):
+                self.starter.standbys.close()
             if hasattr(self, "session"):
                 self.session.guard.close()
         super().shutdown()

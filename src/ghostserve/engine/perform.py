@@ -335,6 +335,7 @@ class Performer:
 
     def _close_report(self, *, ok: bool) -> None:
         report, self._report, self.phase = self._report, None, None
+        self._executor.starter.standbys.calm()
         self._executor.monitor.noticed_at_s = None
         if report is None:
             return

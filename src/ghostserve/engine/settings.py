@@ -12,6 +12,7 @@ from ghostserve.config import GhostConfig
 from ghostserve.engine.budget import GuardLimits
 from ghostserve.errors import UsageError
 
+STANDBY_NEEDS_BYTES = 4 << 30  # free, for one to be kept without being asked for
 DEFAULT_SHARE = 0.25  # of the machine's or cgroup's memory
 
 
@@ -36,6 +37,12 @@ class Settings:
                 f"--host-memory {budget} is more than the {available} bytes that this machine or cgroup has"
             )
         return budget
+
+    def standbys(self) -> int:
+        """Standby processes to keep; by default one where memory allows."""
+        if self.config.standbys is not None:
+            return self.config.standbys
+        return int(psutil.virtual_memory().available >= STANDBY_NEEDS_BYTES)
 
     def guard_limits(self, vllm_config: Any) -> GuardLimits:
         """What the arena is sized by."""

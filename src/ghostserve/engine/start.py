@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -15,7 +14,8 @@ from vllm.v1.executor.multiproc_executor import WorkerProc, set_multiprocessing_
 
 from ghostserve.engine.rendezvous import Meeting
 from ghostserve.engine.settings import Settings
-from ghostserve.engine.spawn import WorkerStart, fork_server, start_worker
+from ghostserve.engine.spawn import Place, StartedProcess, WorkerStart, fork_server, start_process
+from ghostserve.engine.standbys import Standbys
 
 HANDSHAKE_S = 60.0
 
@@ -31,6 +31,7 @@ class Starter:
             os.environ["OMP_NUM_THREADS"] = str(len(cpus))
         self._context = fork_server(settings.preload_modules(executor.vllm_config))
         self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
+        self.standbys = Standbys(self.start_standby, wanted=settings.standbys())
 
     def start_all(self) -> None:
         """Start every rank and wait until all are ready. Raises if one is not."""
@@ -67,31 +68,40 @@ class Starter:
 
     def start_rank(self, rank: int, *, join_at: int | None) -> Any:
         """Start a process for a rank; `join_at` where it is to enter the ring, None at the server's start."""
+        self._executor.session.page.clear_marks(rank)
+        self._executor.session.page.clear_progress(rank)
+        place = self._place(rank, join_at=join_at)
+        if join_at is not None and (standby := self.standbys.take()) is not None:
+            return standby.send_to(place)
+        return start_process(self._context, self.worker_start(), place).handle(rank)
+
+    def start_standby(self) -> StartedProcess:
+        """A process that waits to be told its rank."""
+        return start_process(self._context, self.worker_start(), None)
+
+    def worker_start(self) -> WorkerStart:
+        """The same for all; as the server's configuration is now."""
         executor = self._executor
-        executor.session.page.clear_marks(rank)
-        executor.session.page.clear_progress(rank)
-        return start_worker(
-            self._context,
-            WorkerStart(
-                vllm_config=executor.vllm_config if join_at is None else self._newcomers_config(rank),
-                rank=rank,
-                local_rank=rank,
-                init_method=self.meeting.url,
-                input_shm_handle=executor.rpc_broadcast_mq.export_handle(),
-                shared_worker_lock=self._worker_lock,
-                is_driver_worker=executor._is_driver_worker(rank),
-                join_at=join_at,
-                cpus=self._cpus_of(rank),
-            ),
+        return WorkerStart(
+            vllm_config=executor.vllm_config,
+            input_shm_handle=executor.rpc_broadcast_mq.export_handle(),
+            shared_worker_lock=self._worker_lock,
         )
 
-    def _newcomers_config(self, rank: int) -> Any:
-        """The size of a newcomer's KV is known: a worker that is to find it out refuses where memory is in use."""
-        config = copy.copy(self._executor.vllm_config)
-        config.cache_config = copy.copy(config.cache_config)
-        tensors = self._executor.kv_cache_configs[rank].kv_cache_tensors
-        config.cache_config.kv_cache_memory_bytes = sum(tensor.size for tensor in tensors)
-        return config
+    def _place(self, rank: int, *, join_at: int | None) -> Place:
+        executor = self._executor
+        kv_bytes = None
+        if join_at is not None:
+            kv_bytes = sum(tensor.size for tensor in executor.kv_cache_configs[rank].kv_cache_tensors)
+        return Place(
+            rank=rank,
+            local_rank=rank,
+            init_method=self.meeting.url,
+            is_driver_worker=executor._is_driver_worker(rank),
+            join_at=join_at,
+            cpus=self._cpus_of(rank),
+            kv_bytes=kv_bytes,
+        )
 
     def _cpus_of(self, rank: int) -> tuple[int, ...]:
         """CPUs that vLLM binds a rank to; empty where it binds none."""

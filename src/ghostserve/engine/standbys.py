@@ -1,0 +1,159 @@
+"""Processes that wait to take a lost rank's place: started in the background, counted, replaced when used or dead.
+
+A standby is never needed: where none waits, or one does not take its place, a process is started as without. One that
+keeps dying is not started again for a while.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from ghostserve.clock import monotonic_s
+from ghostserve.engine.process import is_stopped
+from ghostserve.engine.spawn import WAITING, Place, StartedProcess
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0
+DEATHS_MAX, DEATHS_WINDOW_S = 5, 60.0
+MEMORY_PERIOD_S = 10.0
+CALM_S = 1.0  # after a recovery, before the next one is prepared: streams come first
+
+
+@dataclass(slots=True, kw_only=True)
+class Standby:
+    """One process. `memory_bytes`: what would be free without it."""
+
+    started: StartedProcess
+    since_s: float
+    waiting: bool = False
+    memory_bytes: int = 0
+    measured_s: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        return self.started.process.is_alive()
+
+    def send_to(self, place: Place) -> Any:
+        """It takes the place; the handle of a worker that is not ready yet. One that just died is found by its exit."""
+        orders = self.started.orders
+        assert orders is not None
+        try:
+            orders.send(place)
+        except OSError as error:
+            logger.warning("a standby could not be told its rank: %s", error)
+        orders.close()
+        return self.started.handle(place.rank)
+
+    def end(self) -> None:
+        """SIGKILL; it holds nothing."""
+        self.started.process.kill()
+        self.started.process.join(1.0)
+        for end in (self.started.ready, self.started.death, self.started.orders):
+            if end is not None:
+                end.close()
+
+
+class Standbys:
+    """`keep` runs in the monitor's thread, `take` in whichever recovers."""
+
+    def __init__(self, start: Callable[[], StartedProcess], *, wanted: int) -> None:
+        self._start = start
+        self.wanted = wanted
+        self._lock = threading.Lock()
+        self._standbys: list[Standby] = []
+        self._deaths: deque[float] = deque()
+        self._quiet_until_s = 0.0
+        self._closed = False
+
+    def keep(self) -> None:
+        """Start what is missing, note who waits, clear away who is dead. Returns within some 10 ms."""
+        now_s = monotonic_s()
+        with self._lock:
+            if self._closed:
+                return
+            for standby in list(self._standbys):
+                self._look(standby, now_s)
+            if len(self._standbys) < self.wanted and now_s >= self._quiet_until_s:
+                self._standbys.append(Standby(started=self._start(), since_s=now_s))
+
+    def calm(self) -> None:
+        """A recovery has ended: nothing is started for a moment."""
+        self._quiet_until_s = max(self._quiet_until_s, monotonic_s() + CALM_S)
+
+    def take(self) -> Standby | None:
+        """One that waits and runs; it is the caller's from now on. None if there is none."""
+        with self._lock:
+            for standby in self._standbys:
+                self._hear(standby)
+                if standby.waiting and standby.alive and not is_stopped(self._pid(standby)):
+                    self._standbys.remove(standby)
+                    return standby
+        return None
+
+    def close(self) -> None:
+        """End them all. Nothing is started afterwards."""
+        with self._lock:
+            self._closed = True
+            standbys, self._standbys = self._standbys, []
+        for standby in standbys:
+            standby.end()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For the status page."""
+        return [
+            {
+                "pid": self._pid(standby),
+                "state": "ready" if standby.waiting else "starting",
+                "memory_bytes": standby.memory_bytes,
+            }
+            for standby in list(self._standbys)
+        ]
+
+    def _look(self, standby: Standby, now_s: float) -> None:
+        self._hear(standby)
+        overdue = not standby.waiting and now_s - standby.since_s > START_TIMEOUT_S
+        if standby.alive and not overdue:
+            if now_s - standby.measured_s > MEMORY_PERIOD_S and standby.waiting:
+                standby.measured_s, standby.memory_bytes = now_s, _own_memory_bytes(self._pid(standby))
+            return
+        logger.warning("standby %d %s", self._pid(standby), "did not start" if standby.alive else "ended")
+        self._standbys.remove(standby)
+        standby.end()
+        self._deaths.append(now_s)
+        while self._deaths[0] < now_s - DEATHS_WINDOW_S:
+            self._deaths.popleft()
+        if len(self._deaths) >= DEATHS_MAX:
+            logger.error("%d standbys died in %g s: none for as long", DEATHS_MAX, DEATHS_WINDOW_S)
+            self._deaths.clear()
+            self._quiet_until_s = now_s + DEATHS_WINDOW_S
+
+    @staticmethod
+    def _hear(standby: Standby) -> None:
+        orders = standby.started.orders
+        assert orders is not None
+        try:
+            if not standby.waiting and orders.poll():
+                standby.waiting = orders.recv() == WAITING
+        except (EOFError, OSError):
+            standby.waiting = False
+
+    @staticmethod
+    def _pid(standby: Standby) -> int:
+        pid = standby.started.process.pid
+        assert pid is not None
+        return pid
+
+
+def _own_memory_bytes(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_full_info().uss)
+    except psutil.Error:
+        return 0
