@@ -110,6 +110,24 @@ def lose_with_wrong_parities(served: Served, *, wrong: int) -> None:
     assert served.server.status()["counters"]["checksum_refusals_total"] == refused + wrong
 
 
+def test_both_ranks_at_once(bfloat16: Served) -> None:
+    """Two parity shards and two ranks: everything comes back from parity, mirrors and staged state alone."""
+    references = bfloat16.run_together(FOUR)
+    bfloat16.settle()
+    before = bfloat16.recoveries()
+
+    def during(tokens) -> None:
+        bfloat16.server.wait_status(lambda _: tokens() >= 150, timeout_s=90, what="150 tokens")
+        bfloat16.kill(0)
+        bfloat16.kill(1)
+
+    for reference, result in zip(references, bfloat16.run_together(FOUR, during=during), strict=True):
+        assert_same(reference, result)
+    report = bfloat16.recovery(after=before)
+    assert sorted(report["lost_ranks"]) == [0, 1]
+    assert_rebuilt(report, sealed=True)
+
+
 def test_a_wrong_parity_is_left_out(bfloat16: Served) -> None:
     lose_with_wrong_parities(bfloat16, wrong=1)
 

@@ -52,6 +52,8 @@ def leave_groups() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     parallel_state._group_name_counter.clear()
+    # A rendezvous that failed leaves torch's counter of groups where it was; a newcomer's begins at 0.
+    dist.distributed_c10d._world.group_count = 0
     _close_behind(closing)
 
 

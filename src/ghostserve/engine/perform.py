@@ -20,7 +20,7 @@ from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import WorkerProc
 
-from ghostserve.arena.control import Counter, Mark
+from ghostserve.arena.control import Counter, Mark, StampStatus
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import weights_identity
 from ghostserve.engine.messages import JoinMessage, RegroupMessage
@@ -154,6 +154,12 @@ class Performer:
 
     def _run(self, run: Run) -> list[Event]:
         """Perform a group of phases; the events that tell how it went."""
+        events = self._try(run)
+        if any(isinstance(event, RanksLost | PhaseFailed) for event in events):
+            self._executor.starter.meeting.close()  # who waits there for somebody who is gone leaves
+        return events
+
+    def _try(self, run: Run) -> list[Event]:
         self.phase = run.phases[0]
         try:
             if Phase.LEAVE in run.phases:
@@ -250,6 +256,10 @@ class Performer:
                 raise RanksDied(died, f"rank {sorted(died)} died during the regroup")
             if hung := executor.ring.hung():
                 raise RankSilent(hung, f"process of rank {sorted(hung)} is stopped")
+            for survivor in self._survivors():
+                stamp = self._page.read_stamp(survivor)
+                if stamp.status is StampStatus.FAILED and stamp.epoch == self.epoch:
+                    raise RankRaised(survivor, f"rank {survivor} could not form the groups")
             if monotonic_s() > deadline_s:
                 raise RankSilent(frozenset({rank}), f"the replacement of rank {rank} was not ready in time")
         try:

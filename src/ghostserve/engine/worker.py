@@ -235,17 +235,24 @@ class GhostWorkerMixin:
 
         A rendezvous cannot be called off, so it starts when the newcomers are about to join it, and is short.
         """
-        self._await_newcomers(message)
-        self._fault(FaultPoint.REGROUP)
-        if self._watch is not None:
-            self._watch.groups_of(message.epoch)
-        form_groups(
-            self.vllm_config,
-            rank=self.rank,
-            local_rank=self.local_rank,
-            init_method=message.init_method,
-            timeout_s=message.rendezvous_timeout_s,
-        )
+        try:
+            self._await_newcomers(message)
+            self._fault(FaultPoint.REGROUP)
+            if self._watch is not None:
+                self._watch.groups_of(message.epoch)
+            form_groups(
+                self.vllm_config,
+                rank=self.rank,
+                local_rank=self.local_rank,
+                init_method=message.init_method,
+                timeout_s=message.rendezvous_timeout_s,
+            )
+        except Exception:
+            # Seen at once by whoever waits for the newcomers, which wait for us.
+            self._page.stamp(
+                self.rank, epoch=message.epoch, step=0, status=StampStatus.FAILED, now_s=monotonic_s()
+            )
+            raise
 
     def _await_newcomers(self, message: RegroupMessage) -> None:
         deadline_s = monotonic_s() + message.start_timeout_s
