@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ghostserve.arena.control import ControlPage, Counter, Fault, FaultAction, Switch
+from ghostserve.arena.control import ControlPage, Counter, Fault, FaultAction, FaultPoint, Switch
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.staging import StagingArea
 from ghostserve.codec.base import Bytes, Codec
@@ -279,7 +279,7 @@ class RankShadow:
         last = self._recent[-1] if self._recent else None
         if not last or last.of_rank(self._rank)[0].stop == self._mirror.groups[0].block_size:
             return None
-        self.corrupt(FaultAction.CORRUPT_MIRROR, last)
+        self.corrupt(Fault(point=FaultPoint.STAGED, rank=self._rank, action=FaultAction.CORRUPT_MIRROR), last)
         return {"block": last.of_rank(self._rank)[0].block}
 
     def _debug_view(self) -> torch.Tensor:
