@@ -18,6 +18,7 @@ import pytest
 from ghostserve.cli import demo, demo_run, demo_scratch, demo_view
 from ghostserve.cli import main as cli
 from ghostserve.cli.demo_view import View
+from ghostserve.cli.signals import signals_like_ctrl_c
 from ghostserve.errors import EngineLost, UsageError
 from ghostserve.testing.server import ServerProcess
 
@@ -114,7 +115,7 @@ def handlers_kept() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_unwind_like_ctrl_c(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_DFL)
-    with pytest.raises(KeyboardInterrupt), demo._signals_like_ctrl_c():
+    with pytest.raises(KeyboardInterrupt), signals_like_ctrl_c():
         os.kill(os.getpid(), number)
         time.sleep(1)
     assert signal.getsignal(number) == signal.SIG_DFL
@@ -123,7 +124,7 @@ def test_signals_unwind_like_ctrl_c(number: signal.Signals) -> None:
 @pytest.mark.usefixtures("handlers_kept")
 def test_a_second_hangup_does_not_cut_the_end_short() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with demo._signals_like_ctrl_c():
+    with signals_like_ctrl_c():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
@@ -132,7 +133,7 @@ def test_a_second_hangup_does_not_cut_the_end_short() -> None:
 @pytest.mark.usefixtures("handlers_kept")
 def test_nohup_is_respected() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with demo._signals_like_ctrl_c():
+    with signals_like_ctrl_c():
         signal.raise_signal(signal.SIGHUP)
 
 

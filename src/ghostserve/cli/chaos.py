@@ -18,6 +18,7 @@ from pathlib import Path
 from ghostserve.arena.fault_kinds import FaultKind
 from ghostserve.arena.memory_group import MemoryGroup
 from ghostserve.cli.arguments import Parser, new_parser
+from ghostserve.cli.signals import signals_like_ctrl_c
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import UnsupportedError, UsageError
 from ghostserve.testing.chaos_load import MODELS_DIR, make_requests
@@ -129,6 +130,7 @@ def main(argv: Sequence[str]) -> int:
 
     began_s = monotonic_s()
     with ExitStack() as stack:
+        stack.enter_context(signals_like_ctrl_c())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ghostserve-chaos-")))
         own = directory / "server"
         own.mkdir()

@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ghostserve.cli.arguments import new_parser
@@ -25,6 +24,7 @@ from ghostserve.cli.demo_report import DemoRun, build_report, failures, headline
 from ghostserve.cli.demo_run import MODEL_NAME, MODELS_DIR, raise_if_lost, run
 from ghostserve.cli.demo_scratch import scratch_directory
 from ghostserve.cli.demo_view import View
+from ghostserve.cli.signals import signals_like_ctrl_c
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import UsageError
 from ghostserve.testing.server import ServerProcess, ghostserve_command
@@ -150,33 +150,12 @@ def stop(server: ServerProcess, view: View) -> None:
         server.kill_tree()  # does nothing more unless the stop was interrupted
 
 
-@contextmanager
-def _signals_like_ctrl_c() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP unwind the stack, so that the server is stopped then too. Main thread only."""
-
-    def interrupt(number: int, _frame: object) -> None:
-        if number == signal.SIGHUP:
-            # It may come twice, from the kernel and from the shell; the second must not cut the end short.
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the verb; raises GhostserveError. Exit 0 only if every check held."""
     options = parse(argv)
     out = sys.stderr if options.json else sys.stdout
     view = View(out, show_text=not options.json, colour=out.isatty())
-    with _signals_like_ctrl_c(), scratch_directory() as log_dir:
+    with signals_like_ctrl_c(), scratch_directory() as log_dir:
         server = demo_server(options, log_dir)
         try:
             start(server, view, ranks=options.tensor_parallel_size)

@@ -202,6 +202,7 @@ def as_document(tally: Tally, *, seed: int, wall_s: float) -> dict[str, Any]:
             "count": len(outages_s),
             **{name: percentile(outages_s, share) for name, share in _PERCENTILES.items()},
         },
+        "outages_s": [round(value, 3) for value in outages_s],
         "resources": {
             name: None
             if held is None
