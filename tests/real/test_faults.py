@@ -11,6 +11,7 @@ import pytest
 
 from ghostserve.cli import main as cli
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.errors import GhostserveError
 from ghostserve.testing.client import StreamResult
 from ghostserve.testing.fault_plan import FaultPlan
 from ghostserve.testing.fault_runner import FaultRunner
@@ -92,6 +93,28 @@ def test_a_crash_and_then_another_in_its_recovery(float32: Served) -> None:
     report = float32.recovery(after=before)
     assert set(report["lost_ranks"]) == {0, 1}
     assert report["path"] == "recompute"
+
+
+@pytest.mark.parametrize("kind", ["hang", "spin", "blocked"])
+def test_a_worker_that_makes_no_progress(float32: Served, kind: str) -> None:
+    """Nothing has ended, so nothing says which rank it is but its own lack of progress."""
+    before, reference, struck = float32.recoveries(), float32.reference(SEEDED), counter(float32)
+    pid = float32.server.status()["ranks"][0]["pid"]
+    plan: FaultPlan = getattr(FaultPlan(), kind)(rank=0)
+    assert_same(reference, run(float32, plan.at_token(40)))
+    report = float32.recovery(after=before)
+    assert (report["lost_ranks"], report["lost_pids"]) == ([0], [pid])
+    assert "no progress" in report["reason"] or "stopped" in report["reason"], report["reason"]
+    assert_rebuilt(report, sealed=True)
+    assert counter(float32) == struck + (kind != "hang")  # which is a signal from outside
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_hang_at_a_point_of_a_step(float32: Served) -> None:
+    before, reference, struck = float32.recoveries(), float32.reference(SEEDED), counter(float32)
+    assert_same(reference, run(float32, FaultPlan().hang(rank=1).at_step(30)))
+    assert float32.recovery(after=before)["lost_ranks"] == [1]
+    assert counter(float32) == struck + 1
 
 
 def test_a_slow_rank_is_slow_for_so_long(float32: Served) -> None:
@@ -210,11 +233,21 @@ def test_a_client_that_is_gone(float32: Served) -> None:
     wait(lambda: float32.server.status()["counters"]["requests_open"] == 0, "the request to be forgotten", 10)
 
 
-def test_there_is_no_standby(float32: Served) -> None:
-    if float32.server.status().get("standbys"):
-        pytest.skip("this server has one")
-    with pytest.raises(Exception, match="--standbys 1"):
-        float32.server.admin.inflict("standby_dead")
+def test_a_standby_that_dies(float32: Served) -> None:
+    """Another is started; nobody else notices. Where there is none, the error says how to have one."""
+    admin, before = float32.server.admin, float32.recoveries()
+    if not float32.server.status().get("standbys"):
+        with pytest.raises(GhostserveError, match="--standbys 1"):
+            admin.inflict("standby_dead")
+        return
+    pid = admin.inflict("standby_dead")["pid"]
+    assert_same(float32.reference(SEEDED), float32.run(SEEDED))
+    wait(
+        lambda: [item["pid"] for item in float32.server.status()["standbys"]] not in ([], [pid]),
+        "another standby",
+        30,
+    )
+    assert float32.recoveries() == before
 
 
 def test_from_the_command_line(float32: Served, capsys: pytest.CaptureFixture[str]) -> None:
