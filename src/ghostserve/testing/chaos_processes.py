@@ -96,18 +96,18 @@ def resources(server: ServerProcess, status: Mapping[str, Any], names: OwnNames)
     """What it holds now. Workers and keeper come and go, so only what lives from start to end is looked into."""
     mapped = names.note(server)
     passing = {rank["pid"] for rank in status["ranks"]} | {status["keeper"]["pid"]}
-    passing |= {standby["pid"] for standby in status.get("standbys") or ()}
+    standbys = {standby["pid"] for standby in status.get("standbys") or ()}
     descriptors, memory = {}, {}
     family = family_of(server.pid)
     for mark in family:
-        if mark.pid in passing:
+        if mark.pid in passing | standbys:
             continue
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(mark.pid)
             name = f"{mark.title} ({mark.pid})"
             descriptors[name], memory[name] = process.num_fds(), process.memory_info().rss
     return Resources(
-        processes=len(family),
+        processes=len({mark.pid for mark in family} - standbys),  # which come and go
         orphaned_names=len(names.orphans(mapped)),
         descriptors=descriptors,
         memory_bytes=memory,

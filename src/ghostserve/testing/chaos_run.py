@@ -25,6 +25,7 @@ from ghostserve.testing.chaos_report import Outcome, Resources, Tally
 from ghostserve.testing.fault_plan import FaultPlan, PlannedFault
 from ghostserve.testing.fault_runner import LOSING, FaultRunner
 from ghostserve.testing.server import ServerProcess
+from ghostserve.web.admin import Refused
 
 STRIKE_TIMEOUT_S = 12.0  # what has not struck by then is disarmed, and does not count
 SETTLE_TIMEOUT_S = 90.0
@@ -160,8 +161,11 @@ class Chaos:
         while not self._enough(began_s):
             sleep_s(rng.uniform(0.0, PAUSE_S_MAX))
             rested = monotonic_s() - self._keeper_fault_s >= KEEPER_REST_S
-            ranks = len(self.server.status()["ranks"])
-            decision = choose(rng, done=done, kinds=settings.kinds, ranks=ranks, keeper_rested=rested)
+            status = self._status()
+            kinds = [
+                kind for kind in settings.kinds if kind is not FaultKind.STANDBY_DEAD or _has_standby(status)
+            ]
+            decision = choose(rng, done=done, kinds=kinds, ranks=len(status["ranks"]), keeper_rested=rested)
             injection = decision.choice
             if injection.kind in KEEPER_KINDS:
                 self._keeper_fault_s = monotonic_s()
@@ -192,7 +196,13 @@ class Chaos:
         for _ in leaves:
             clients.tell({"do": "leave"})
         runner = FaultRunner(self.server.admin, rest)
-        runner.start()
+        try:
+            runner.start()
+        except Refused as error:  # who was to suffer it has just gone
+            self.say(f"{_told(injection.plan)}: {error}")
+            self.server.admin.disarm_faults()
+            self._settle()
+            return
         missed = self._await_strikes(runner, before)
         kinds = [fault.kind for fault in injection.plan.faults]
         for fault in missed:
@@ -307,6 +317,10 @@ class Chaos:
             if monotonic_s() > deadline_s:
                 raise CheckFailed(f"not serving again within {SETTLE_TIMEOUT_S:.0f} s: {status['state']}")
             sleep_s(POLL_S)
+
+
+def _has_standby(status: dict[str, Any]) -> bool:
+    return any(standby["state"] == "ready" for standby in status.get("standbys") or ())
 
 
 def _since(before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -37,6 +37,10 @@ def error_sentence(body: bytes | str) -> str:
     return str(message or text[:300])
 
 
+class Refused(GhostserveError):
+    """The server cannot do it at the moment (409): another time it may."""
+
+
 class AdminClient:
     """Asks one server. Calls raise UsageError for what the server finds wrong in the request (422), and
     GhostserveError when it cannot be reached or refuses.
@@ -115,6 +119,8 @@ class AdminClient:
             )
         if answer.status_code == 401:
             raise GhostserveError("the API key is missing or wrong; give it with --api-key")
+        if answer.status_code == 409:
+            raise Refused(f"{error_sentence(answer.content)} (HTTP 409)")
         if answer.is_error:
             raise GhostserveError(f"{error_sentence(answer.content)} (HTTP {answer.status_code})")
         return _as_object(answer)
