@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from ghostserve.arena.fault_kinds import KINDS
 from ghostserve.cli import main as cli
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import GhostserveError
@@ -52,6 +53,11 @@ def run(served: Served, plan: FaultPlan, ask: Ask = SEEDED) -> StreamResult:
     return result
 
 
+def soon(plan: FaultPlan) -> FaultPlan:
+    """In mid-answer: a signal when 40 tokens were shown; what is armed at a step, since its client may be late."""
+    return plan.at_step(50) if KINDS[plan.faults[0].kind].by_signal is None else plan.at_token(40)
+
+
 # -- a worker ends -------------------------------------------------------------------------------------
 
 
@@ -59,8 +65,7 @@ def run(served: Served, plan: FaultPlan, ask: Ask = SEEDED) -> StreamResult:
 def test_a_worker_that_ends(float32: Served, kind: str) -> None:
     before, reference, struck = float32.recoveries(), float32.reference(SEEDED), counter(float32)
     pid = float32.server.status()["ranks"][1]["pid"]
-    plan: FaultPlan = getattr(FaultPlan(), kind)(rank=1)
-    assert_same(reference, run(float32, plan.at_token(40)))
+    assert_same(reference, run(float32, soon(getattr(FaultPlan(), kind)(rank=1))))
     report = float32.recovery(after=before)
     assert (report["lost_ranks"], report["lost_pids"]) == ([1], [pid])
     assert_rebuilt(report, sealed=True)
@@ -100,8 +105,7 @@ def test_a_worker_that_makes_no_progress(float32: Served, kind: str) -> None:
     """Nothing has ended, so nothing says which rank it is but its own lack of progress."""
     before, reference, struck = float32.recoveries(), float32.reference(SEEDED), counter(float32)
     pid = float32.server.status()["ranks"][0]["pid"]
-    plan: FaultPlan = getattr(FaultPlan(), kind)(rank=0)
-    assert_same(reference, run(float32, plan.at_token(40)))
+    assert_same(reference, run(float32, soon(getattr(FaultPlan(), kind)(rank=0))))
     report = float32.recovery(after=before)
     assert (report["lost_ranks"], report["lost_pids"]) == ([0], [pid])
     assert "no progress" in report["reason"] or "stopped" in report["reason"], report["reason"]
@@ -120,14 +124,14 @@ def test_a_hang_at_a_point_of_a_step(float32: Served) -> None:
 def test_a_slow_rank_is_slow_for_so_long(float32: Served) -> None:
     """Nobody is given up, and the gaps between tokens tell that it struck, and that it ended."""
     before, reference, struck = float32.recoveries(), float32.reference(LONG), counter(float32)
-    result = run(float32, FaultPlan().slow(rank=1, factor=12, steps=12).at_step(50), LONG)
+    result = run(float32, FaultPlan().slow(rank=1, factor=4, steps=12).at_step(50), LONG)
     assert_same(reference, result)
     assert float32.recoveries() == before
     assert counter(float32) == struck + 12
     at_s = result.arrivals_s[0]
     quick, slow = at_s[45] - at_s[35], at_s[61] - at_s[51]
-    assert slow > 3 * quick, (slow, quick)
-    assert at_s[140] - at_s[130] < 0.5 * slow
+    assert slow > 1.8 * quick, (slow, quick)
+    assert at_s[140] - at_s[130] < 0.7 * slow
 
 
 # -- silent corruption ---------------------------------------------------------------------------------
