@@ -262,3 +262,17 @@ def test_the_actions_are_those_of_the_table() -> None:
     assert used == set(FaultAction)
     named = {point for facts in KINDS.values() for point in facts.points}
     assert named == set(FaultPoint)
+
+
+def test_the_documentation_names_every_kind() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "faults.md").read_text(encoding="utf-8")
+    documented = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    assert documented == {kind.value for kind in FaultKind}
+    plan = "".join(
+        line.removeprefix("    ") + "\n"
+        for line in text.splitlines()
+        if line.startswith(("    faults:", "    - {"))
+    )
+    assert FaultPlan.from_text(plan) == FaultPlan().crash(rank=1).at_token(40).then.hang(rank=0).in_recovery(
+        "kv"
+    )
