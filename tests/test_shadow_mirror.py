@@ -290,3 +290,18 @@ def test_the_words_are_the_storage_itself() -> None:
     words = Mirror.words_of(cache.untyped_storage(), 2, cache.device)
     words[1] = 0x3F80
     assert cache.tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flipped_signs_are_those_of_the_named_slots(dtype: torch.dtype) -> None:
+    """An injected fault: it corrupts what it says, and nothing else."""
+    rank = new_rank(dtype)
+    before = memory(rank, dtype).cache.clone()
+    rank.flip_signs(block=2, group=0, slots=3)
+    expected = Memory(before.clone())
+    for slot, layer in itertools.product(range(3), range(LAYERS)):
+        for half in (expected.k, expected.v):
+            half(2, layer)[slot] *= -1
+    assert torch.equal(memory(rank, dtype).cache, expected.cache)
+    rank.flip_signs(block=2, group=0, slots=3)
+    assert torch.equal(memory(rank, dtype).cache, before)
