@@ -25,6 +25,7 @@ from ghostserve.errors import (
     UsageError,
 )
 from ghostserve.testing.fake_engine import FakeEngine
+from ghostserve.web.admin import AdminClient
 
 HERE = PlatformFacts(system="Linux", machine="x86_64", python=(3, 11), vllm="0.32.0+cpu", torch="2.13.0+cpu")
 
@@ -307,6 +308,16 @@ def test_status_is_readable() -> None:
 )
 def test_what_kill_says(how: str, answer: dict[str, object], said: str) -> None:
     assert kill.sentence({"how": how, **answer}) == said
+
+
+def test_what_is_armed_can_be_disarmed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(AdminClient, "_ask", lambda _self, *request: asked.append(request) or {})
+    assert cli.main(["kill", "--disarm"]) == 0
+    assert asked == [("DELETE", "/ghostserve/faults")]
+    assert capsys.readouterr().out == "no fault is armed any more\n"
 
 
 def test_kill_help_tells_every_kind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,10 @@ _BY_SERVER = [name for name in NAMES if (kind := kind_of(name)) and KINDS[kind].
 def main(argv: Sequence[str]) -> int:
     """Run the verb; raises GhostserveError. Returns once the fault is inflicted, not once it is repaired."""
     options = _parser().parse_args(argv)
+    if options.disarm:
+        admin_of(options).disarm_faults()
+        print('{"armed":null}' if options.json else "no fault is armed any more")
+        return 0
     kind = kind_of(options.how)
     assert kind is not None
     if options.rank is None and KINDS[kind].victim is Victim.RANK:
@@ -68,8 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         dest="steps",
         type=int,
         metavar="STEPS",
-        help="slow, memory_exhausted: for so many steps; 0: until the faults are disarmed (default: 20)",
+        help="slow, memory_exhausted: for so many steps; 0: until --disarm (default: 20)",
     )
     parser.add_argument("--factor", type=int, metavar="K", help="slow: so many times slower (default: 5)")
+    parser.add_argument(
+        "--disarm", action="store_true", help="inflict nothing, but forget every fault that has not struck"
+    )
     add_server_options(parser)
     return parser
