@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from ghostserve.recovery import machine as m
+from ghostserve.recovery.loss_rate import LossRate
 from ghostserve.types import Phase, RecoveryPath
 
 SCENARIOS = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
@@ -435,6 +436,31 @@ def test_scenario_text_is_reproduced_from_its_inputs_alone() -> None:
     assert actual("# a comment\nnew ranks=2 parity=1 attempts=3\n----\n") == (
         "# a comment\nnew ranks=2 parity=1 attempts=3\n----\n= healthy epoch=0 attempts=0/3\n"
     )
+
+
+def test_a_rank_that_dies_too_often_is_not_replaced_again() -> None:
+    """Each recovery ends well, so attempts never run out; the rate does. Another rank has a rate of its own."""
+
+    def lose(rank: int, now_s: float) -> list[m.Action]:
+        event = m.RanksLost(ranks=frozenset({rank}), reason="killed by SIGKILL", epoch=machine.epoch)
+        actions = machine.handle(event, now_s)
+        while isinstance(actions[-1], m.Run):
+            run = actions[-1]
+            for phase in run.phases:
+                actions = machine.handle(m.PhaseDone(phase, run.epoch), now_s) or actions
+        return actions
+
+    machine = m.RecoveryMachine(2, 1, max_attempts=3, loss_rate=LossRate(losses_max=3, window_s=60.0))
+    for now_s in (0.0, 20.0, 40.0):
+        assert isinstance(lose(0, now_s)[-1], m.Resume)
+        machine.handle(m.StepAccepted(machine.epoch), now_s)
+    assert isinstance(lose(1, 41.0)[-1], m.Resume)
+    machine.handle(m.StepAccepted(machine.epoch), 41.0)
+    assert isinstance(lose(0, 61.0)[-1], m.Resume)  # the first one is forgotten
+    machine.handle(m.StepAccepted(machine.epoch), 61.0)
+    (given_up,) = lose(0, 62.0)
+    assert given_up == m.GiveUp("rank 0 was lost 4 times within 60 s: killed by SIGKILL")
+    machine.check()
 
 
 if __name__ == "__main__":

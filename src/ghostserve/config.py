@@ -68,6 +68,13 @@ class GhostConfig:
         metavar="BYTES/s",
     )
     recovery_attempts: int = _option(3, "attempts to replace a rank before the server gives up", metavar="N")
+    losses_max: int = _option(
+        20,
+        "losses of one worker within --losses-window seconds before the server gives up instead of replacing it "
+        "again and again",
+        metavar="N",
+    )
+    losses_window: float = _option(600.0, "see --losses-max", metavar="SECONDS")
     leave_timeout: float = _option(
         10.0, "bound for survivors to leave a broken collective", metavar="SECONDS"
     )
@@ -115,9 +122,17 @@ class GhostConfig:
             raise UsageError(f"--encode-backlog {self.encode_backlog}: at least 1 block is needed")
         if self.recovery_attempts < 1:
             raise UsageError(f"--recovery-attempts {self.recovery_attempts}: at least 1 is needed")
+        if self.losses_max < 1:
+            raise UsageError(f"--losses-max {self.losses_max}: at least 1 is needed")
         if self.standbys is not None and not 0 <= self.standbys <= STANDBYS_MAX:
             raise UsageError(f"--standbys {self.standbys}: 0 to {STANDBYS_MAX}")
-        for name in ("leave_timeout", "start_timeout", "restore_timeout", "first_step_timeout"):
+        for name in (
+            "leave_timeout",
+            "start_timeout",
+            "restore_timeout",
+            "first_step_timeout",
+            "losses_window",
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0 seconds")
         if not 0 <= self.hang_timeout < math.inf:

@@ -222,6 +222,7 @@ def serve(
         "--block-size", "32",
         "--kv-cache-memory-bytes", str(48 << 20),
         "--enable-fault-injection",
+        "--losses-max", "1000",
         "--enable-prompt-tokens-details",
         "--served-model-name", "tiny",
         *flags,

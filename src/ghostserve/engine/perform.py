@@ -27,6 +27,7 @@ from ghostserve.engine.messages import JoinMessage, RegroupMessage
 from ghostserve.engine.rebuild import Rebuild, RebuildResult
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.errors import EngineLost, GhostserveError
+from ghostserve.recovery.loss_rate import LossRate
 from ghostserve.recovery.machine import (
     NOBODY,
     Event,
@@ -73,6 +74,7 @@ class Performer:
             executor.world_size,
             self._config.parity_shards,
             max_attempts=self._config.recovery_attempts,
+            loss_rate=LossRate(losses_max=self._config.losses_max, window_s=self._config.losses_window),
         )
         self._report: _OpenReport | None = None
         self.reports: list[RecoveryReport] = []

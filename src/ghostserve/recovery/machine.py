@@ -11,7 +11,7 @@ reports back. At most the last of a list of actions is *work*; doing it gives th
     end:  RetryStep (a step was in flight) ─StepAccepted─▶ HEALTHY
           FailStep  (it was, and is not worth another try) ▶ HEALTHY
           Resume    (none was)                             ▶ HEALTHY
-    any time: GiveUp (all attempts are used up)            ▶ GIVEN_UP
+    any time: GiveUp (all attempts are used up, or a rank dies too often) ▶ GIVEN_UP
 
 Theory of operation
 - *Epochs.* Each (re)start raises the epoch. What an older epoch reports is ignored, but a loss is stale only
@@ -33,6 +33,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 
+from ghostserve.recovery.after_raise import AfterRaise, after_raise
+from ghostserve.recovery.loss_rate import LossRate
 from ghostserve.types import Decision, Phase, RecoveryPath
 
 NOBODY: frozenset[int] = frozenset()
@@ -159,25 +161,6 @@ class IllegalTransition(AssertionError):
     """The performer broke the protocol: our bug, hence not in the tree of errors.py. Tells the history."""
 
 
-class AfterRaise(Enum):
-    """What becomes of a step that raised."""
-
-    RETRY = "retry"
-    FENCE = "fence"  # replace the one rank that raised each time, and retry
-    FAIL = "fail"
-
-
-def after_raise(raises: Sequence[frozenset[int]], *, retries: int, may_fence: bool) -> Decision[AfterRaise]:
-    """`raises`: who raised, for each try of this step, the last one included."""
-    if len(raises) <= retries:
-        return Decision(choice=AfterRaise.RETRY, reason=f"raised {len(raises)} of {retries + 1} times")
-    alone = len(raises) > 1 and len(raises[0]) == 1 and len(set(raises)) == 1
-    if alone and may_fence:
-        reason = f"rank {_value(raises[0])} alone raised {len(raises)} times"
-        return Decision(choice=AfterRaise.FENCE, reason=reason)
-    return Decision(choice=AfterRaise.FAIL, reason=f"raised {len(raises)} times")
-
-
 class RecoveryMachine:
     """Decides; one per engine. Not thread-safe: called under the recovery lock only."""
 
@@ -189,6 +172,7 @@ class RecoveryMachine:
         max_attempts: int,
         max_step_retries: int = 1,
         calm_s: float = 300.0,
+        loss_rate: LossRate | None = None,
         epoch: int = 0,
     ) -> None:
         assert min(ranks, max_attempts) >= 1
@@ -198,6 +182,7 @@ class RecoveryMachine:
         self.max_attempts = max_attempts
         self.max_step_retries = max_step_retries
         self.calm_s = calm_s
+        self._loss_rate = loss_rate
         self.state = State.HEALTHY
         self.epoch = epoch
         self.lost = NOBODY  # ranks whose KV is not back yet
@@ -315,6 +300,8 @@ class RecoveryMachine:
             self._in_flight = True
         if not fresh:
             return []
+        if self._loss_rate is not None and (too_often := self._loss_rate.add(fresh, now_s)) is not None:
+            return self._give_up(f"{too_often}: {event.reason}")
         if self.state is State.HEALTHY and self._since_s is not None and now_s - self._since_s >= self.calm_s:
             self.attempts = 0
         if self._raises and not self.lost and not self._retrying:  # rolling back: the loss explains the raise
@@ -343,8 +330,7 @@ class RecoveryMachine:
         self.lost |= ranks
         if is_attempt:
             if self.attempts == self.max_attempts:
-                self.state = State.GIVEN_UP
-                return [GiveUp(f"gave up after {self.attempts} attempts: {reason}")]
+                return self._give_up(f"gave up after {self.attempts} attempts: {reason}")
             self.attempts += 1
             if self.attempts == self.max_attempts and self._retried and self._fail_reason is None:
                 self._fail_reason = f"not retried in the last of {self.max_attempts} attempts: {reason}"
@@ -356,6 +342,11 @@ class RecoveryMachine:
         self._groups = list(REPLACE if self.lost else ROLL_BACK)
         fence: list[Action] = [Fence(self.lost)] if self.lost else []
         return [*fence, RaiseEpoch(self.epoch), self._run_group()]
+
+    def _give_up(self, reason: str) -> list[Action]:
+        self.state = State.GIVEN_UP
+        self._retrying, self._outstanding = False, []
+        return [GiveUp(reason)]
 
     def _run_group(self) -> Run:
         group = self._groups.pop(0)
