@@ -133,17 +133,17 @@ def test_outage_rows_and_their_ratio() -> None:
             context=256,
             outage_s=seconds,
             identical=True,
-            path=method,
+            path=outage.PATHS.get(method, method),
             phases_ms=phases,
         )
-        for method, seconds, phases in (("rebuild", 2.0, {"spawn": 500.0}), ("restart", 30.0, {}))
+        for method, seconds, phases in (("standby", 2.0, {"spawn": 500.0}), ("restart", 30.0, {}))
         for number in range(3)
     ]
     rows = outage.summarise(samples, contexts=[256, 4096], seed=1)
-    assert [(row["method"], row["median"]) for row in rows] == [("rebuild", 2.0), ("restart", 30.0)]
+    assert [(row["method"], row["median"]) for row in rows] == [("standby", 2.0), ("restart", 30.0)]
     text = outage.markdown(rows)
     assert "15.0x" in text
-    assert "| 256 tokens, rebuild | 500 |" in text
+    assert "| 256 tokens, standby | 500 (500) |" in text
 
 
 def test_results_name_no_place_and_overwrite_nothing() -> None:

@@ -43,6 +43,7 @@ def report() -> RecoveryReport:
         path=RecoveryPath.REBUILD,
         ok=True,
         reason="killed by SIGKILL",
+        noticed_at_s=clock.started_at_s,
         phases_ms=clock.phases_ms,
         total_ms=clock.total_ms,
         kv_blocks_from_parity=12,

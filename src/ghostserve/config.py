@@ -92,7 +92,7 @@ class GhostConfig:
         metavar="K",
     )
     hang_timeout: float = _option(
-        0.9,
+        0.8,
         "a worker that makes no progress in a step for so long, and for --hang-factor times what such a step takes, "
         "is replaced; 0: only vLLM's own limit for a step holds",
         metavar="SECONDS",

@@ -388,6 +388,7 @@ class _OpenReport:
             path=RecoveryPath.RECOMPUTE if result.requests_recomputed else RecoveryPath.REBUILD,
             ok=ok,
             reason=self.reason,
+            noticed_at_s=self.clock.started_at_s,
             phases_ms=self.clock.phases_ms,
             total_ms=self.clock.total_ms,
             kv_blocks_from_parity=result.blocks_from_parity,

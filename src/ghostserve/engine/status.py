@@ -65,6 +65,7 @@ class StatusWriter:
             "failure": self.failed,
             "phase": None if executor.performer.phase is None else executor.performer.phase.value,
             "ranks": [self._rank(rank) for rank in range(executor.world_size)],
+            "longest_quiet_s": round(executor.watch.longest_quiet_s, 3),
             "standbys": executor.starter.standbys.describe(),
             "keeper": {"pid": page.keeper_pid, "restarts": page.get(Counter.KEEPER_RESTARTS)},
             "shadow": self._shadow(guard),

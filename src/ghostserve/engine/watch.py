@@ -154,6 +154,11 @@ class Watch:
             why = "; ".join(f"rank {rank} is slow: {found.reason}" for rank, found in slow.items())
             self._evict = RankSilent(frozenset(slow), why)
 
+    @property
+    def longest_quiet_s(self) -> float:
+        """The longest time without progress after which a rank went on, in a step."""
+        return self._detector.longest_quiet_s
+
     def health(self, rank: int) -> tuple[Health, str]:
         """What is thought of a rank now, with the reason; for the status page."""
         verdict, slow = self._verdicts.get(rank), self._slow_ranks.get(rank)

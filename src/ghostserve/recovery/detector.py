@@ -126,6 +126,7 @@ class Detector:
         self._looked_at_s = 0.0
         self._before: dict[int, RankSample] = {}
         self._quiet_s: dict[int, float] = {}
+        self.longest_quiet_s = 0.0  # of any rank that moved again: what a limit must be above
 
     def quiet_s(self, rank: int) -> float:
         """For how long nothing about this rank has changed while the present work was open."""
@@ -146,6 +147,7 @@ class Detector:
     def _count(self, sample: RankSample, gone_s: float | None) -> None:
         before = self._before.get(sample.rank)
         if gone_s is None or before is None or _moved(before, sample):
+            self.longest_quiet_s = max(self.longest_quiet_s, self._quiet_s.get(sample.rank, 0.0))
             self._quiet_s[sample.rank] = 0.0
             return
         starved_s = min(max(sample.starved_s - before.starved_s, 0.0), gone_s)

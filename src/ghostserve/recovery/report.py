@@ -29,6 +29,11 @@ class PhaseClock:
         self._last_s = now_s
 
     @property
+    def started_at_s(self) -> float:
+        """As it was handed in."""
+        return self._started_at_s
+
+    @property
     def phases_ms(self) -> dict[Phase, float]:
         """A copy: every phase in DESIGN order, 0.0 for one that did not run."""
         return {phase: spent_s * 1e3 for phase, spent_s in self._spent_s.items()}
@@ -53,6 +58,7 @@ class RecoveryReport:
     path: RecoveryPath
     ok: bool  # False: the server gave up, or the interrupted step failed
     reason: str
+    noticed_at_s: float  # monotonic time of this machine at which `detect` began
     phases_ms: dict[Phase, float]
     total_ms: float
     kv_blocks_from_parity: int
@@ -70,6 +76,7 @@ class RecoveryReport:
             "path": self.path.value,
             "ok": self.ok,
             "reason": self.reason,
+            "noticed_at_s": round(self.noticed_at_s, 6),
             "phases_ms": {phase.value: round(self.phases_ms.get(phase, 0.0), 3) for phase in Phase},
             "total_ms": round(self.total_ms, 3),
             "kv_blocks_from_parity": self.kv_blocks_from_parity,
