@@ -27,6 +27,7 @@ VERBS = {
     "demo": "kill a worker in the middle of an answer and check that the answer goes on unchanged",
     "bench": "measure what the codec reaches on this machine",
     "chaos": "load a server, have faults of all kinds strike it, and compare every answer",
+    "simulate": "try thousands of schedules of losses and faults on a simulated cluster",
 }
 NEEDS_PLATFORM = frozenset({"serve", "demo", "chaos"})
 """The verbs that start a server here; the others only ask one, which may be elsewhere."""

@@ -1,0 +1,1 @@
+"""A simulated cluster around the product's own shadow and recovery; see docs/simulation.md."""

@@ -1,0 +1,117 @@
+"""Many schedules on several processes, and what came of them together."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ghostserve.clock import monotonic_s
+from ghostserve.testing.simulation.run import Result, run_seed
+
+CHUNK = 8  # seeds a process takes at once
+VIOLATIONS_KEPT = 20
+FAULTS_OF_LOSS = "losses"
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over schedules. `shapes`: schedules by (ranks, parity shards)."""
+
+    first_seed: int
+    seeds: int = 0
+    events: int = 0
+    events_min: int | None = None
+    without_loss: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    violations: list[tuple[int, str]] = field(default_factory=list)  # (seed, what), the first few
+    violated: int = 0
+    took_s: float = 0.0
+
+    def add(self, result: Result) -> None:
+        """One schedule more."""
+        self.seeds += 1
+        self.events += result.events
+        self.events_min = result.events if self.events_min is None else min(self.events_min, result.events)
+        self.counts.update(result.counts)
+        self.without_loss += not result.counts.get(FAULTS_OF_LOSS)
+        self.shapes[result.setup.ranks, result.setup.parity_shards] += 1
+        if result.violation is not None:
+            self.violated += 1
+            if len(self.violations) < VIOLATIONS_KEPT:
+                self.violations.append((result.seed, result.violation))
+
+    @property
+    def events_mean(self) -> float:
+        return self.events / max(1, self.seeds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "first_seed": self.first_seed,
+            "seeds": self.seeds,
+            "took_s": round(self.took_s, 1),
+            "events": self.events,
+            "events_mean": round(self.events_mean, 1),
+            "events_min": self.events_min,
+            "schedules_without_loss": self.without_loss,
+            "violated": self.violated,
+            "violations": [{"seed": seed, "what": what} for seed, what in self.violations],
+            "counts": dict(sorted(self.counts.items())),
+            "shapes": {f"n={n} m={m}": count for (n, m), count in sorted(self.shapes.items())},
+        }
+
+    def text(self) -> str:
+        """For people."""
+        lines = [
+            f"{self.seeds} schedules from seed {self.first_seed} in {self.took_s:.0f} s: {self.events_mean:.0f} events "
+            f"each on average, {self.counts[FAULTS_OF_LOSS]} losses, {self.violated} violations",
+            "",
+        ]
+        width = max(map(len, self.counts), default=0)
+        lines += [f"  {name:<{width}}  {count:>9}" for name, count in sorted(self.counts.items())]
+        for seed, what in self.violations:
+            lines += ["", f"seed {seed}: {what}", f"  replay: ghostserve simulate --replay {seed} --trace"]
+        return "\n".join(lines)
+
+
+def simulate(
+    *, first_seed: int, seeds: int, jobs: int, on_progress: Callable[[int, int, int], None] = lambda *_: None
+) -> Totals:
+    """Run so many schedules. `on_progress(done, of, violated)` about once per second."""
+    totals = Totals(first_seed=first_seed)
+    began_s = told_s = monotonic_s()
+    # Closed at once if we are interrupted: its end would wait for what is queued.
+    with closing(_results(range(first_seed, first_seed + seeds), jobs)) as results:
+        for result in results:
+            totals.add(result)
+            now_s = monotonic_s()
+            if now_s - told_s >= 1.0:
+                told_s = now_s
+                on_progress(totals.seeds, seeds, totals.violated)
+    totals.took_s = monotonic_s() - began_s
+    return totals
+
+
+def _results(seeds: range, jobs: int) -> Generator[Result, None, None]:
+    if jobs == 1:
+        yield from map(run_quietly, seeds)
+        return
+    with multiprocessing.get_context("forkserver").Pool(jobs) as pool:
+        yield from pool.imap(run_quietly, seeds, chunksize=CHUNK)
+
+
+def run_quietly(seed: int, *, trace: bool = False) -> Result:
+    """A schedule, without what the product logs of injected faults."""
+    logger = logging.getLogger("ghostserve")
+    was, logger.disabled = logger.level, False
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        return run_seed(seed, trace=trace)
+    finally:
+        logger.setLevel(was)
