@@ -16,3 +16,8 @@ def wall_s() -> float:
 def sleep_s(seconds: float) -> None:
     """Block this thread."""
     time.sleep(seconds)
+
+
+def cpu_s() -> float:
+    """CPU seconds that this process has used."""
+    return time.process_time()

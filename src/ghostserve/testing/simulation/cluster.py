@@ -35,7 +35,7 @@ class Violation(AssertionError):
     """An invariant does not hold."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Held:
     """What a block holds on every rank: slots from position `first` of a request's tokens."""
 

@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from ghostserve.arena.frames import FrameState
 from ghostserve.codec.choose import host_codec
@@ -25,6 +26,9 @@ class Invariants:
     recovery: Recovery
     _logs: dict[tuple[int, int, int], tuple[Held, list[bytes], tuple[int, ...]]] = field(default_factory=dict)
     _parity: dict[tuple[int, int], list[bytes]] = field(default_factory=dict)
+    _seen: dict[int, tuple[object, ...]] = field(default_factory=dict)  # claims, as they were looked at last
+    _frames: npt.NDArray[np.uint8] | None = None  # after the last event
+    _free: int = 0
 
     def check(self) -> None:
         """All of them."""
@@ -33,26 +37,39 @@ class Invariants:
         self.cluster.keeper.jobs.check()
         self.cluster.scheduler.check()
         pool = self.cluster.pool.array.tobytes()
-        self._check_claims(pool)
-        self._check_frames(pool)
+        changed = self._changed_frames(pool)
+        self._check_claims(pool, changed)
+        self._check_frames(pool, changed)
         if self.recovery.events > RECOVERY_EVENTS_MAX:
             raise Violation(f"a recovery has not ended after {self.recovery.events} events")
 
     # -- what the manifest says of blocks --------------------------------------------------------------
 
-    def _check_claims(self, pool: bytes) -> None:
-        """No committed stripe is wrong: mirrors and parity hold what accepted steps wrote, on every rank."""
+    def _check_claims(self, pool: bytes, changed: set[int]) -> None:
+        """No committed stripe is wrong: mirrors and parity hold what accepted steps wrote, on every rank.
+
+        What has not changed since it was looked at last is not looked at again.
+        """
+        held, seen = self.cluster.held, self._seen
+        self._seen = {}
         for block, entry in self.cluster.protection.manifest.entries.items():
             if not entry.slots:
                 continue
-            logs, checksums = self._should(block, entry)
-            if checksums != entry.checksums:
-                raise Violation(f"block {block}: checksums {entry.checksums}, {checksums} are right")
-            if entry.state is BlockState.CODED:
-                frames, should, what = entry.parity, self._parities(entry, logs), "parity shard"
-            else:
-                frames, should, what = entry.mirrors, logs, "mirror of rank"
-            self._check_bytes(pool, frames, should, f"block {block}: {what}")
+            coded = entry.state is BlockState.CODED
+            frames = entry.parity if coded else entry.mirrors
+            claim = (entry.generation, entry.slots, coded, entry.checksums, held.get(block))
+            if seen.get(block) != claim or not changed.isdisjoint(frames):
+                self._check_claim(pool, block, entry)
+            self._seen[block] = claim
+
+    def _check_claim(self, pool: bytes, block: int, entry: Entry) -> None:
+        logs, checksums = self._should(block, entry)
+        if checksums != entry.checksums:
+            raise Violation(f"block {block}: checksums {entry.checksums}, {checksums} are right")
+        if entry.state is BlockState.CODED:
+            self._check_bytes(pool, entry.parity, self._parities(entry, logs), f"block {block}: parity shard")
+        else:
+            self._check_bytes(pool, entry.mirrors, logs, f"block {block}: mirror of rank")
 
     def _check_bytes(self, pool: bytes, frames: tuple[int, ...], should: list[bytes], what: str) -> None:
         size = self.cluster.setup.block_bytes
@@ -90,18 +107,25 @@ class Invariants:
 
     # -- frames ----------------------------------------------------------------------------------------
 
-    def _check_frames(self, pool: bytes) -> None:
+    def _changed_frames(self, pool: bytes) -> set[int]:
+        """Frames of which a byte differs from what it was after the last event."""
+        now = np.frombuffer(pool, dtype=np.uint8).reshape(-1, self.cluster.setup.block_bytes)
+        before, self._frames = self._frames, now
+        return set(np.flatnonzero((now != before).any(axis=1)).tolist()) if before is not None else set()
+
+    def _check_frames(self, pool: bytes, changed: set[int]) -> None:
         """The budget is kept, and what is free holds nobody's text."""
         setup, frames = self.cluster.setup, self.cluster.protection.manifest.pool
         taken = frames.used_count + frames.retired_count + frames.free_count
         if taken != setup.frames:
             raise Violation(f"{taken} frames, {setup.frames} are budgeted")
-        written = np.frombuffer(pool, dtype=np.uint8).reshape(-1, setup.block_bytes).any(axis=1)
-        for frame in np.flatnonzero(written).tolist():
+        freed, self._free = frames.free_count > self._free, frames.free_count
+        zeros, size = bytes(setup.block_bytes), setup.block_bytes
+        for frame in range(setup.frames) if freed else changed:
             if frame >= setup.frames:
-                if not self.recovery.working:
+                if not self.recovery.working and pool[frame * size : (frame + 1) * size] != zeros:
                     raise Violation("survivors' exports are left after a restore")
-            elif frames.state(frame) is FrameState.FREE:
+            elif frames.state(frame) is FrameState.FREE and pool[frame * size : (frame + 1) * size] != zeros:
                 raise Violation(f"frame {frame} is free and not empty")
 
     # -- live KV ---------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ghostserve.clock import monotonic_s
+from ghostserve.clock import cpu_s, monotonic_s
 from ghostserve.testing.simulation.run import Result, run_seed
 
 CHUNK = 8  # seeds a process takes at once
 VIOLATIONS_KEPT = 20
-FAULTS_OF_LOSS = "losses"
+LOSSES = "losses"
 
 
 @dataclass(slots=True)
@@ -32,14 +32,16 @@ class Totals:
     violations: list[tuple[int, str]] = field(default_factory=list)  # (seed, what), the first few
     violated: int = 0
     took_s: float = 0.0
+    cpu_s: float = 0.0  # of all processes; what else the machine did is not in it
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Result, *, cpu_s: float = 0.0) -> None:
         """One schedule more."""
         self.seeds += 1
+        self.cpu_s += cpu_s
         self.events += result.events
         self.events_min = result.events if self.events_min is None else min(self.events_min, result.events)
         self.counts.update(result.counts)
-        self.without_loss += not result.counts.get(FAULTS_OF_LOSS)
+        self.without_loss += not result.counts.get(LOSSES)
         self.shapes[result.setup.ranks, result.setup.parity_shards] += 1
         if result.violation is not None:
             self.violated += 1
@@ -56,6 +58,7 @@ class Totals:
             "first_seed": self.first_seed,
             "seeds": self.seeds,
             "took_s": round(self.took_s, 1),
+            "cpu_s": round(self.cpu_s, 1),
             "events": self.events,
             "events_mean": round(self.events_mean, 1),
             "events_min": self.events_min,
@@ -69,8 +72,9 @@ class Totals:
     def text(self) -> str:
         """For people."""
         lines = [
-            f"{self.seeds} schedules from seed {self.first_seed} in {self.took_s:.0f} s: {self.events_mean:.0f} events "
-            f"each on average, {self.counts[FAULTS_OF_LOSS]} losses, {self.violated} violations",
+            f"{self.seeds} schedules from seed {self.first_seed} in {self.took_s:.0f} s ({self.cpu_s:.0f} s of CPU): "
+            f"{self.events_mean:.0f} events each on average, {self.counts[LOSSES]} losses, "
+            f"{self.violated} violations",
             "",
         ]
         width = max(map(len, self.counts), default=0)
@@ -88,8 +92,8 @@ def simulate(
     began_s = told_s = monotonic_s()
     # Closed at once if we are interrupted: its end would wait for what is queued.
     with closing(_results(range(first_seed, first_seed + seeds), jobs)) as results:
-        for result in results:
-            totals.add(result)
+        for result, used_s in results:
+            totals.add(result, cpu_s=used_s)
             now_s = monotonic_s()
             if now_s - told_s >= 1.0:
                 told_s = now_s
@@ -98,12 +102,17 @@ def simulate(
     return totals
 
 
-def _results(seeds: range, jobs: int) -> Generator[Result, None, None]:
+def _results(seeds: range, jobs: int) -> Generator[tuple[Result, float], None, None]:
     if jobs == 1:
-        yield from map(run_quietly, seeds)
+        yield from map(_timed, seeds)
         return
     with multiprocessing.get_context("forkserver").Pool(jobs) as pool:
-        yield from pool.imap(run_quietly, seeds, chunksize=CHUNK)
+        yield from pool.imap(_timed, seeds, chunksize=CHUNK)
+
+
+def _timed(seed: int) -> tuple[Result, float]:
+    began_s = cpu_s()
+    return run_quietly(seed), cpu_s() - began_s
 
 
 def run_quietly(seed: int, *, trace: bool = False) -> Result:
