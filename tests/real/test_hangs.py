@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from real import kit
 from real.kit import SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
@@ -92,3 +94,51 @@ def test_a_rank_stopped_for_a_moment(float32: Served) -> None:
     assert_same(reference, float32.run(ask, on_token=stop))
     assert float32.recoveries() == before
     assert pid_of(float32, 1) == pid
+
+
+def slow_down(served: Served, rank: int) -> None:
+    """Six times slower, until disarmed."""
+    served.server.admin.arm_fault(point="after_model", rank=rank, action="slow", argument=6, count=0)
+
+
+def test_a_slow_rank_is_shown_and_kept(float32: Served) -> None:
+    """It holds everybody up, and makes progress: a state, not a loss."""
+    ask, seen = Ask(max_tokens=400), set()
+    reference, before, pid = float32.reference(ask), float32.recoveries(), pid_of(float32, 1)
+
+    def look() -> None:
+        slow_down(float32, 1)
+        status = float32.server.wait_status(
+            lambda status: status["ranks"][1]["health"] == "slow", timeout_s=30, what="a slow rank"
+        )
+        seen.add(status["ranks"][1]["health_reason"])
+        assert status["ranks"][0]["health"] != "slow"
+        float32.server.admin.disarm_faults()
+
+    assert_same(reference, float32.run(ask, on_token=Hurt(40, look)))
+    assert any("ms of work per step" in reason for reason in seen)
+    assert float32.recoveries() == before
+    assert pid_of(float32, 1) == pid
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_evicted_where_that_is_asked_for(tmp_path: Path) -> None:
+    served = kit.serve(tmp_path, "evicting", "--dtype", "float32", "--enforce-eager", "--evict-slow")
+    try:
+        ask = Ask(max_tokens=400)
+        reference, before, pid = served.reference(ask), served.recoveries(), pid_of(served, 1)
+
+        def until_replaced() -> None:
+            slow_down(served, 1)
+            served.server.wait_status(
+                lambda status: status["ranks"][1]["pid"] != pid, timeout_s=60, what="an eviction"
+            )
+            served.server.admin.disarm_faults()  # or its successor would be slow, too
+
+        assert_same(reference, served.run(ask, on_token=Hurt(40, until_replaced)))
+        report = served.recovery(after=before)
+        assert report["lost_pids"] == [pid]
+        assert "slow" in report["reason"]
+        assert_rebuilt(report, sealed=True)
+    finally:
+        served.server.stop()
