@@ -24,6 +24,9 @@ from ghostserve.shadow.scrub import Check, Finding, Part, Remedy, kv_check, reme
 logger = logging.getLogger(__name__)
 
 FINDINGS_KEPT = 16
+PATIENCE_FACTOR = (
+    2.0  # times --hang-timeout, for milliseconds of work, and as long again before a rank is fenced
+)
 MISMATCHES = {
     Part.KV: Counter.SCRUB_KV_MISMATCHES_TOTAL,
     Part.MIRROR: Counter.SCRUB_MIRROR_MISMATCHES_TOTAL,
@@ -47,7 +50,9 @@ class ScrubRepair:
     def _ask(self, method: str, *arguments: Any) -> dict[int, Any]:
         """Every rank's answer. Raises RanksDied or RankSilent for the group, NotScrubbed where only this call failed."""
         ring, ranks = self._executor.ring, range(self._executor.world_size)
-        timeout_s = self._executor.settings.config.leave_timeout
+        config = self._executor.settings.config
+        # A request that arrives meanwhile waits for us, so a rank that hangs is not waited for as long as vLLM would.
+        timeout_s = PATIENCE_FACTOR * config.hang_timeout or config.leave_timeout
         try:
             answers: dict[int, Any] = ring.ask(method, *arguments, ranks=ranks, timeout_s=timeout_s)
         except (RankRaised, RankSilent) as failure:
