@@ -41,6 +41,7 @@ TINY_FLAGS = (
     "--block-size", "32",
     "--kv-cache-memory-bytes", str(48 << 20),
 )  # fmt: skip
+OWN_FLAGS = ("--enable-fault-injection", "--losses-max", "100000")  # more than a server should stand
 CONTROLS = ("force_recompute", "skip_restore")
 DEFAULT_FAULTS = 20
 
@@ -135,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
         own = directory / "server"
         own.mkdir()
         server = ServerProcess(
-            [*_command(options.serve), "--enable-fault-injection", "--served-model-name", MODEL_NAME],
+            [*_command(options.serve), *OWN_FLAGS, "--served-model-name", MODEL_NAME],
             log_dir=directory,
             log_file=options.log,
             env={"TMPDIR": str(own), "TORCHINDUCTOR_CACHE_DIR": str(directory / "cache")},
