@@ -98,14 +98,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Write the results file of chaos runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="what 'ghostserve chaos --json' printed")
     parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
+    parser.add_argument("--note", default="", help="a paragraph about these runs")
     options = parser.parse_args(argv)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.runs]
     summed = total(runs)
     written = results.write(
         "chaos",
         about=results.facts(),
-        document={"total": summed, "runs": runs},
-        markdown=markdown(summed, runs),
+        document={"note": options.note, "total": summed, "runs": runs},
+        markdown=f"{markdown(summed, runs)}\n\n{options.note}",
         directory=options.out,
     )
     for path in written:
