@@ -148,8 +148,10 @@ class Recovery:
             case Run():
                 self._start(action)
             case RetryStep() | Resume():
+                self._heal()
                 self._send_again()
             case FailStep():
+                self._heal()
                 self._fail_step()
             case GiveUp():
                 self.given_up = True
@@ -348,6 +350,10 @@ class Recovery:
             protection.release()
         size = setup.block_bytes
         self.cluster.pool.punch(setup.reserve.start * size, len(setup.reserve) * size)
+        self._heal()
+
+    def _heal(self) -> None:
+        """What was flipped in live KV for the time of a recovery is put right: a step would read it unchecked."""
         for rank, at in self.flipped:
             rank.kv[at] ^= 0xFF
         self.flipped.clear()

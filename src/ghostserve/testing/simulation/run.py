@@ -142,6 +142,7 @@ class Schedule:
             went_on = False
             for rank in ranks:
                 if rank.slow and self.rng.randrange(rank.slow):
+                    went_on |= rank.alive and not rank.hung and bool(rank.queue)  # later
                     continue
                 went_on |= self.cluster.workers.advance(rank, self.cluster.now_s)
             if not went_on:
