@@ -124,6 +124,9 @@ def test_the_deadline_scales_with_what_is_expected() -> None:
     assert LIMITS.deadline_s(Stage.STEP, 3.0) == 15.0
     assert LIMITS.deadline_s(Stage.STEP, 50.0) == 100.0
     assert LIMITS.deadline_s(Stage.FIRST_STEP, 0.01) == 30.0
+    assert LIMITS.deadline_s(Stage.REPLACED, 0.01) == 4.0
+    assert LIMITS.deadline_s(Stage.UNSEEN, 0.01) == 12.0
+    assert LIMITS.deadline_s(Stage.UNSEEN, 3.0) == 15.0
     long = replace(WORK, expected_s=3.0)
     assert states(judge(ANSWERED, BEGUN, waited_s=14.0, work=long)) == "alive suspect"
     assert states(judge(ANSWERED, BEGUN, waited_s=15.1, work=long)) == "alive dead"
@@ -196,7 +199,7 @@ def test_an_unseen_size_is_scaled_up_from_what_was_seen() -> None:
         times.learn(StepSize(1, 100), 0.010)
         times.learn(StepSize(256, 0), 0.200)
     stage, expected_s = times.expect(StepSize(512, 0))
-    assert stage is Stage.FIRST_STEP
+    assert stage is Stage.UNSEEN
     assert expected_s == pytest.approx(0.400, rel=0.05)
     assert times.expect(StepSize(1, 300))[1] == pytest.approx(0.030, rel=0.05)
 

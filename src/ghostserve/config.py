@@ -102,7 +102,8 @@ class GhostConfig:
     )
     first_step_timeout: float = _option(
         60.0,
-        "instead of --hang-timeout for the first step after a start or a replacement, and the first of its size",
+        "instead of --hang-timeout for the first step after the start; the first of a new size gets 12 times "
+        "--hang-timeout, the first of a replacement 4 times",
         metavar="SECONDS",
     )
     slow_factor: float = _option(

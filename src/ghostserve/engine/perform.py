@@ -245,7 +245,8 @@ class Performer:
         ring.collect(survivors, timeout_s=timeout_s)
         executor.starter.meeting.close()
         executor.note_segments()
-        executor.watch.regrouped()
+        if lost:
+            executor.watch.replaced()
         self._mark_start(lost, started_s)
 
     def _await_ready(self, rank: int, handle: Any, *, deadline_s: float) -> None:

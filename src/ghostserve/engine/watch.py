@@ -59,7 +59,7 @@ class Watch:
         self._detector = Detector(self._limits)
         self._looked_at_s = 0.0
         self._times = StepTimes()
-        self._fresh = True  # no step was accepted since the groups were formed
+        self._fresh: Stage | None = Stage.FIRST_STEP  # what the next step is, if not one like others
         self._accepted_at_s = 0.0
         self._stopped_at: dict[int, float] = {}  # pid -> since when it is seen stopped
         self._slow = SlowRanks(factor=config.slow_factor)
@@ -93,16 +93,15 @@ class Watch:
         """Learn from a step that went undisturbed."""
         now_s = monotonic_s()
         if not step.disturbed:
-            if not self._fresh:
+            if self._fresh is None:
                 self._times.learn(step.size, now_s - max(step.sent_at_s, self._accepted_at_s))
-            self._fresh = False
+            self._fresh = None
         self._accepted_at_s = now_s
         self._verdicts = {}
 
-    def regrouped(self) -> None:
-        """The groups were formed anew: the next step is a first one for somebody."""
-        self._fresh = True
-        self._verdicts = {}
+    def replaced(self) -> None:
+        """There are newcomers: the next step is a first one for them."""
+        self._fresh = Stage.REPLACED
 
     def evict_slow(self) -> None:
         """Between two waits: raises RankSilent for ranks that are slow, where they are to be evicted."""
@@ -115,7 +114,7 @@ class Watch:
         return OpenWork(
             epoch=self._executor.performer.epoch,
             step=step.step,
-            stage=Stage.FIRST_STEP if self._fresh else stage,
+            stage=self._fresh if self._fresh is not None and stage is Stage.STEP else stage,
             expected_s=expected_s,
             awaits=awaits,
         )

@@ -46,11 +46,11 @@ class Health(Enum):
 
 
 class Stage(Enum):
-    """What is being waited for; each has a ceiling of its own."""
+    """What is being waited for; each has a deadline of its own."""
 
-    FIRST_STEP = (
-        "first step"  # after a start or a regroup, or the first of its size: kernels compile, caches are cold
-    )
+    FIRST_STEP = "first step"  # after the start: kernels compile, and nothing is known of steps
+    UNSEEN = "step of a new size"  # kernels may compile; others were seen
+    REPLACED = "first step of a replacement"  # its peers know such steps, its own caches are cold
     STEP = "step"  # such a step was seen before
 
 
@@ -60,6 +60,10 @@ class Progress(Enum):
     NOT_SEEN = 0
     BEGUN = 1
     ANSWERED = 2
+
+
+PATIENCE = {Stage.UNSEEN: 12.0, Stage.REPLACED: 4.0}
+"""How many floors such a step gets at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,8 @@ class Limits:
         """How long a rank may be quiet."""
         if stage is Stage.FIRST_STEP:
             return max(self.floor_s, self.first_step_s)
-        return min(max(self.floor_s, self.factor * expected_s), max(self.floor_s, self.ceiling_s))
+        floor_s = self.floor_s * PATIENCE.get(stage, 1.0)
+        return min(max(floor_s, self.factor * expected_s), max(floor_s, self.ceiling_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

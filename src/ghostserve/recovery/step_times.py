@@ -62,7 +62,7 @@ class StepTimes:
         if known is not None:
             return Stage.STEP, known.expected_s
         guesses = [times.expected_s * _growth(times.size, size) for times in self._times.values()]
-        return Stage.FIRST_STEP, min(guesses, default=0.0)
+        return (Stage.UNSEEN, min(guesses)) if guesses else (Stage.FIRST_STEP, 0.0)
 
 
 def _growth(seen: StepSize, size: StepSize) -> float:
