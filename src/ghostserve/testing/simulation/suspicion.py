@@ -11,9 +11,9 @@ from ghostserve.recovery.step_times import StepSize, StepTimes
 from ghostserve.testing.simulation.cluster import Cluster, OpenStep, Violation
 from ghostserve.testing.simulation.workers import Rank, Stage
 
-LIMITS = Limits(floor_s=1.0, ceiling_s=5.0, first_step_s=2.0)
+LIMITS = Limits(floor_s=0.5, ceiling_s=5.0, first_step_s=2.0)
 LOOK_S = 0.1
-LOOKS_MAX = 120  # longer than any deadline, twice
+LOOKS_MAX = 150  # longer than any deadline, twice
 _AT_WORK = (StampStatus.BEGUN, StampStatus.STAGED)
 
 
