@@ -55,8 +55,14 @@ def test_a_stopped_rank_in_mid_answer(float32: Served, rank: int) -> None:
     assert gap_s > 0.8, "it was replaced before it could be called hung"
 
 
-@pytest.mark.parametrize("point", ["before_model", "after_model", "before_reply"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "point"),
+    [
+        pytest.param(rank, point, marks=[pytest.mark.slow] * ((rank + index) % 2))
+        for index, point in enumerate(["before_model", "after_model", "before_reply"])
+        for rank in (0, 1)
+    ],
+)
 def test_a_rank_that_does_nothing_more(float32: Served, rank: int, point: str) -> None:
     """It runs, and never comes to its next collective, its stamp or its answer."""
     reference, before = float32.reference(SEEDED), float32.recoveries()

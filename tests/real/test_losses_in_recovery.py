@@ -10,16 +10,15 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 # Where the second loss strikes, and whom: rank 1 is lost first, so 0 is a survivor and 1 the newcomer.
 STRIKES = [
     ("leave", 0),
-    ("spawn", 1),
     ("regroup", 0),
     ("regroup", 1),
-    ("weights", 1),
     ("state", 0),
-    ("state", 1),
-    ("export", 0),
     ("adopt", 1),
     ("retry", 0),
-    ("retry", 1),
+    *(
+        pytest.param(phase, rank, marks=pytest.mark.slow)
+        for phase, rank in (("spawn", 1), ("weights", 1), ("state", 1), ("export", 0), ("retry", 1))
+    ),
 ]
 
 
