@@ -134,6 +134,7 @@ class GhostExecutor(MultiprocExecutor):
         geometry = self.session.guard.configure(layouts)
         self.collective_rpc("ghost_map", args=(geometry,))
         self.status.start()
+        self.starter.standbys.start(busy=lambda: self.performer.phase is not None)
         self.scrubber.start()
 
     def start_worker_monitor(self, inline: bool = False) -> None:

@@ -45,20 +45,13 @@ class Monitor:
             if self._executor.leftovers.server_gone():
                 self._executor.end_without_server()
             if not (self._executor.ring.dead() or self._executor.ring.hung()):
-                self._keep_standbys()
+                if self._executor.performer.phase is None:
+                    self.noticed_at_s = None  # whoever was stopped goes on
                 continue
             if self.noticed_at_s is None:
                 self.noticed_at_s = monotonic_s()
             if not self._repair_if_idle():
                 self._stopping.wait(RETRY_S)
-
-    def _keep_standbys(self) -> None:
-        if self._executor.session.scheduler is None or self._executor.performer.phase is not None:
-            return
-        try:
-            self._executor.starter.standbys.keep()
-        except Exception:  # a recovery does without
-            logger.exception("no standby could be started")
 
     def _repair_if_idle(self) -> bool:
         """Repair, unless a step is open: then its owner does. True if nothing is left to do."""

@@ -196,8 +196,10 @@ def _stand_by(start: WorkerStart, orders: Connection) -> Place:
     for segment in fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=10.0).values():
         segment.close()
     try:
-        orders.send(WAITING)
-        place: Place = orders.recv()
+        place: Place | None = None
+        while place is None:  # asked whether it is there, it says so again
+            orders.send(WAITING)
+            place = orders.recv()
     except (EOFError, OSError):
         raise SystemExit from None
     orders.close()

@@ -16,12 +16,13 @@ from typing import Any
 import psutil
 
 from ghostserve.clock import monotonic_s
-from ghostserve.engine.process import is_stopped
 from ghostserve.engine.spawn import WAITING, Place, StartedProcess
 
 logger = logging.getLogger(__name__)
 
+PERIOD_S = 0.5
 START_TIMEOUT_S = 60.0
+ANSWER_S = 0.05  # it has nothing else to do
 DEATHS_MAX, DEATHS_WINDOW_S = 5, 60.0
 MEMORY_PERIOD_S = 10.0
 CALM_S = 1.0  # after a recovery, before the next one is prepared: streams come first
@@ -40,6 +41,17 @@ class Standby:
     @property
     def alive(self) -> bool:
         return self.started.process.is_alive()
+
+    def answers(self) -> bool:
+        """Whether it says at once that it still waits. One that does not is left to be cleared away."""
+        orders = self.started.orders
+        assert orders is not None
+        try:
+            orders.send(None)
+            self.waiting = orders.poll(ANSWER_S) and orders.recv() == WAITING
+        except (EOFError, OSError):
+            self.waiting = False
+        return self.waiting
 
     def send_to(self, place: Place) -> Any:
         """It takes the place; the handle of a worker that is not ready yet. One that just died is found by its exit."""
@@ -62,7 +74,7 @@ class Standby:
 
 
 class Standbys:
-    """`keep` runs in the monitor's thread, `take` in whichever recovers."""
+    """Kept by a thread of its own, as a fork server that died takes seconds to come back; taken by whoever recovers."""
 
     def __init__(self, start: Callable[[], StartedProcess], *, wanted: int) -> None:
         self._start = start
@@ -71,37 +83,55 @@ class Standbys:
         self._standbys: list[Standby] = []
         self._deaths: deque[float] = deque()
         self._quiet_until_s = 0.0
-        self._closed = False
+        self._closing = threading.Event()
+
+    def start(self, *, busy: Callable[[], bool]) -> None:
+        """Keep them from now on; nothing is started while the server is `busy` with a recovery."""
+        threading.Thread(target=self._keep, args=(busy,), daemon=True, name="ghostserve-standbys").start()
+
+    def _keep(self, busy: Callable[[], bool]) -> None:
+        while not self._closing.wait(PERIOD_S):
+            try:
+                if not busy():
+                    self.keep()
+            except Exception:  # a recovery does without
+                logger.exception("no standby could be started")
+                self._quiet_until_s = monotonic_s() + DEATHS_WINDOW_S
 
     def keep(self) -> None:
-        """Start what is missing, note who waits, clear away who is dead. Returns within some 10 ms."""
+        """Start what is missing, note who waits, clear away who is dead."""
         now_s = monotonic_s()
         with self._lock:
-            if self._closed:
-                return
             for standby in list(self._standbys):
                 self._look(standby, now_s)
-            if len(self._standbys) < self.wanted and now_s >= self._quiet_until_s:
-                self._standbys.append(Standby(started=self._start(), since_s=now_s))
+            missing = len(self._standbys) < self.wanted and now_s >= self._quiet_until_s
+        if not missing or self._closing.is_set():
+            return
+        standby = Standby(started=self._start(), since_s=now_s)  # outside the lock: it may take its time
+        with self._lock:
+            if not self._closing.is_set():
+                self._standbys.append(standby)
+                return
+        standby.end()
 
     def calm(self) -> None:
         """A recovery has ended: nothing is started for a moment."""
         self._quiet_until_s = max(self._quiet_until_s, monotonic_s() + CALM_S)
 
     def take(self) -> Standby | None:
-        """One that waits and runs; it is the caller's from now on. None if there is none."""
+        """One that waits and answers; it is the caller's from now on. None if there is none."""
         with self._lock:
             for standby in self._standbys:
                 self._hear(standby)
-                if standby.waiting and standby.alive and not is_stopped(self._pid(standby)):
+                if standby.waiting and standby.alive and standby.answers():
                     self._standbys.remove(standby)
                     return standby
         return None
 
     def close(self) -> None:
         """End them all. Nothing is started afterwards."""
+        self._closing.set()
         with self._lock:
-            self._closed = True
             standbys, self._standbys = self._standbys, []
         for standby in standbys:
             standby.end()

@@ -33,6 +33,7 @@ from ghostserve.recovery.step_times import StepSize, StepTimes
 
 logger = logging.getLogger(__name__)
 
+OWN_ABSENCE_S = 0.7  # the monitor looks every half second at least
 LOOK_S = 0.015  # a look takes some 0.1 ms
 
 
@@ -62,6 +63,7 @@ class Watch:
         self._fresh: Stage | None = Stage.FIRST_STEP  # what the next step is, if not one like others
         self._accepted_at_s = 0.0
         self._stopped_at: dict[int, float] = {}  # pid -> since when it is seen stopped
+        self._stops_seen_s = 0.0
         self._slow = SlowRanks(factor=config.slow_factor)
         self._slow_ranks: dict[int, SlowRank] = {}
         self._verdicts: dict[int, RankVerdict] = {}
@@ -126,6 +128,9 @@ class Watch:
         if not self._limits.floor_s:
             return frozenset()
         now_s, found = monotonic_s(), {}
+        if now_s - self._stops_seen_s > OWN_ABSENCE_S:  # we were stopped ourselves, with them perhaps
+            self._stopped_at = {}
+        self._stops_seen_s = now_s
         for worker in self._executor.workers:
             if is_stopped(worker.proc.pid):
                 found[worker.proc.pid] = self._stopped_at.get(worker.proc.pid, now_s)
