@@ -243,7 +243,7 @@ class Performer:
         for rank in unready:
             self._shake_hands(rank, deadline_s=started_s + timeout_s)
         ring.collect(survivors, timeout_s=timeout_s)
-        executor.starter.meeting.close()
+        executor.starter.met()
         executor.note_segments()
         if lost:
             executor.watch.replaced()

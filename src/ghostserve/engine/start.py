@@ -8,6 +8,7 @@ from typing import Any
 import zmq
 from vllm import envs
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.utils.torch_utils import set_torch_threads_for_runtime
 from vllm.v1.executor.multiproc_executor import WorkerProc, set_multiprocessing_worker_envs
@@ -52,7 +53,7 @@ class Starter:
             executor.response_mqs = [worker.worker_response_mq for worker in executor.workers]
             for queue in (executor.rpc_broadcast_mq, *executor.response_mqs):
                 shake_hands(queue, timeout_s=HANDSHAKE_S)
-            self.meeting.close()
+            self.met()
         except BaseException:
             for handle in unready:
                 if handle.death_writer is not None:
@@ -65,6 +66,11 @@ class Starter:
         """A new place to form the groups; whoever still waits at an older one is called off."""
         self.meeting.close()
         self.meeting = Meeting(self._executor.world_size)
+
+    def met(self) -> None:
+        """All ranks have met. NCCL's watchdog goes on asking the store; gloo does not need it any more."""
+        if not current_platform.is_cuda():
+            self.meeting.close()
 
     def start_rank(self, rank: int, *, join_at: int | None) -> Any:
         """Start a process for a rank; `join_at` where it is to enter the ring, None at the server's start."""
