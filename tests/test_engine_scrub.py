@@ -40,7 +40,7 @@ from ghostserve.shadow.manifest import BlockState, Manifest
 from ghostserve.shadow.mirror import GroupMap, Mirror
 from ghostserve.shadow.protection import Protection
 from ghostserve.shadow.restore import BlockRestore, rebuild_log
-from ghostserve.shadow.scrub import PATIENCE_S
+from ghostserve.shadow.scrub import PATIENCE_S, Bursts
 from ghostserve.shadow.step_plan import Write
 
 BLOCKS, SIZE, WORDS = 8, 4, 16
@@ -130,6 +130,7 @@ class World:
         self.ring, self.open_steps, self.is_failed = self, [], False
         self.performer = SimpleNamespace(phase=None, epoch=3, recover=self.recovered.append)
         self.scrubber = Scrubber(self)
+        self.scrubber.bursts = Bursts(burst_s=1e9)  # when it may ask is another matter
         self.guard.on_scrubbed = self.scrubber._answers.append
 
     # The ring.

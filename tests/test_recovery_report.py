@@ -49,6 +49,7 @@ def report() -> RecoveryReport:
         kv_blocks_from_parity=12,
         kv_blocks_from_mirrors=3,
         kv_bytes_rebuilt=1 << 20,
+        kv_blocks_forgotten=0,
         tokens_recomputed=0,
         requests_recomputed=0,
     )

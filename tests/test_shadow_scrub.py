@@ -13,6 +13,7 @@ from ghostserve.shadow.manifest import BlockState, Manifest
 from ghostserve.shadow.scrub import (
     PATIENCE_S,
     ROUND_S_MIN,
+    Bursts,
     Check,
     Finding,
     Part,
@@ -307,3 +308,12 @@ def test_a_finding_says_rank_block_and_layer() -> None:
         "repaired (from its mirror)"
     )
     assert finding.as_dict()["slots"] == [0, 1, 2, 9]
+
+
+def test_live_kv_is_compared_in_bursts() -> None:
+    """An idle machine is left alone for most of the time; whoever was told to stop may begin at once again."""
+    bursts = Bursts(burst_s=2.0, period_s=60.0)
+    asked = [at_s for at_s in range(200) if bursts.allowed(float(at_s))]
+    assert asked == [0, 1, 60, 61, 120, 121, 180, 181]
+    bursts.start_over()
+    assert bursts.allowed(199.5)

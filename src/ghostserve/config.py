@@ -110,6 +110,12 @@ class GhostConfig:
         3.0, "a worker that takes K times as long as the others is shown as slow", metavar="K"
     )
     evict_slow: bool = _option(False, "replace a worker that is slow, instead of only showing it")
+    restore_cached_within: float = _option(
+        0.25,
+        "after a loss, how long open requests wait for KV that only the prefix cache holds, the latest used first; the "
+        "rest is computed again when it is asked for. While nothing is served all of it is restored",
+        metavar="SECONDS",
+    )
     enable_fault_injection: bool = _option(
         False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
     )
@@ -138,6 +144,8 @@ class GhostConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0 seconds")
         if not 0 <= self.hang_timeout < math.inf:
             raise UsageError(f"--hang-timeout {self.hang_timeout}: must not be negative; 0 turns it off")
+        if not 0 <= self.restore_cached_within < math.inf:
+            raise UsageError(f"--restore-cached-within {self.restore_cached_within}: must not be negative")
         for name in ("hang_factor", "slow_factor"):
             if not 1 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 1")

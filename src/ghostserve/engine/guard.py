@@ -220,6 +220,10 @@ class Guard:
 
     # -- a rebuild's frames ----------------------------------------------------------------------------
 
+    def latest_cached_first(self) -> list[int]:
+        """Blocks that no request uses, those used last first."""
+        return [] if self._blocks is None else list(self._blocks.cached_only())[::-1]
+
     def export_frames(self) -> range:
         """Frames for survivors' exports, for REBUILD_BLOCKS blocks at a time: behind the manifest's."""
         assert self.protection is not None

@@ -245,26 +245,14 @@ class Performer:
         ring.collect(survivors, timeout_s=timeout_s)
         executor.starter.met()
         executor.note_segments()
-        if lost:
-            executor.watch.replaced()
+        executor.watch.replaced(lost)
         self._mark_start(lost, started_s)
 
     def _await_ready(self, rank: int, handle: Any, *, deadline_s: float) -> None:
         """A newcomer's READY, bounded; it takes the rank from here on."""
         executor = self._executor
         while not handle.ready_pipe.poll(0.02):
-            if not handle.proc.is_alive():
-                raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} ended while starting")
-            if died := executor.ring.dead() - self.lost:
-                raise RanksDied(died, f"rank {sorted(died)} died during the regroup")
-            if hung := executor.ring.hung():
-                raise RankSilent(hung, f"process of rank {sorted(hung)} is stopped")
-            for survivor in self._survivors():
-                stamp = self._page.read_stamp(survivor)
-                if stamp.status is StampStatus.FAILED and stamp.epoch == self.epoch:
-                    raise RankRaised(survivor, f"rank {survivor} could not form the groups")
-            if monotonic_s() > deadline_s:
-                raise RankSilent(frozenset({rank}), f"the replacement of rank {rank} was not ready in time")
+            self._check_start(rank, handle.proc, deadline_s=deadline_s)
         try:
             worker = WorkerProc.wait_for_ready([handle])[0]
         except Exception as error:
@@ -276,13 +264,24 @@ class Performer:
         """The stock handshake of a newcomer's reply queue, bounded."""
         worker = self._executor.workers[rank]
         while not worker.worker_response_mq.local_socket.poll(20):
-            if not worker.proc.is_alive():
-                raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} ended while starting")
-            if hung := self._executor.ring.hung():
-                raise RankSilent(hung, f"process of rank {sorted(hung)} is stopped")
-            if monotonic_s() > deadline_s:
-                raise RankSilent(frozenset({rank}), f"the replacement of rank {rank} was not ready in time")
+            self._check_start(rank, worker.proc, deadline_s=deadline_s)
         worker.worker_response_mq.wait_until_ready()
+
+    def _check_start(self, rank: int, process: Any, *, deadline_s: float) -> None:
+        """While a newcomer is waited for: raises if it, or a survivor, cannot come."""
+        ring = self._executor.ring
+        if not process.is_alive():
+            raise RanksDied(frozenset({rank}), f"the replacement of rank {rank} ended while starting")
+        if died := ring.dead() - self.lost:
+            raise RanksDied(died, f"rank {sorted(died)} died during the regroup")
+        if hung := ring.hung():
+            raise RankSilent(hung, f"process of rank {sorted(hung)} is stopped")
+        for survivor in self._survivors():
+            stamp = self._page.read_stamp(survivor)
+            if stamp.status is StampStatus.FAILED and stamp.epoch == self.epoch:
+                raise RankRaised(survivor, f"rank {survivor} could not form the groups")
+        if monotonic_s() > deadline_s:
+            raise RankSilent(frozenset({rank}), f"the replacement of rank {rank} was not ready in time")
 
     def _mark_start(self, lost: frozenset[int], started_s: float) -> None:
         """Charge the concurrent start by what the slowest newcomer noted down."""
@@ -395,6 +394,7 @@ class _OpenReport:
             kv_blocks_from_parity=result.blocks_from_parity,
             kv_blocks_from_mirrors=result.blocks_from_mirrors,
             kv_bytes_rebuilt=result.bytes_rebuilt,
+            kv_blocks_forgotten=result.blocks_forgotten,
             tokens_recomputed=result.tokens_recomputed,
             requests_recomputed=result.requests_recomputed,
         )

@@ -7,11 +7,13 @@ use it recompute from their tokens, the prefix cache forgets it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ghostserve.arena.control import Counter, Switch
+from ghostserve.clock import monotonic_s
 from ghostserve.engine.budget import REBUILD_BLOCKS
 from ghostserve.engine.in_flight import unwritten, without
 from ghostserve.engine.messages import RestoreReport, StateMessage
@@ -32,6 +34,7 @@ class RebuildResult:
     bytes_rebuilt: int = 0
     tokens_recomputed: int = 0
     requests_recomputed: int = 0
+    blocks_forgotten: int = 0  # only the prefix cache held them
     different_blocks: tuple[int, ...] = ()
 
     def plus(self, other: RebuildResult) -> RebuildResult:
@@ -41,6 +44,7 @@ class RebuildResult:
             bytes_rebuilt=self.bytes_rebuilt + other.bytes_rebuilt,
             tokens_recomputed=self.tokens_recomputed + other.tokens_recomputed,
             requests_recomputed=self.requests_recomputed + other.requests_recomputed,
+            blocks_forgotten=self.blocks_forgotten + other.blocks_forgotten,
             different_blocks=self.different_blocks + other.different_blocks,
         )
 
@@ -126,17 +130,51 @@ class Rebuild:
             )
         for block, reason in plan.lost.items():
             logger.warning("block %d cannot be rebuilt: %s", block, reason)
-        result = RebuildResult()
-        refused: set[int] = set()
-        for rank in sorted(self._lost):
-            for batch in self._batches(plan.restored):
-                report = self._restore_batch(rank, batch, timeout_s=timeout_s)
-                result = result.with_report(report)
-                refused.update(report.refused)
+        in_use = set().union(*used.values())
+        result, refused = self._restore_blocks(
+            [block for block in plan.restored if block in in_use], timeout_s=timeout_s
+        )
+        cached, forgotten = self._restore_cached(set(plan.restored) - in_use, refused, timeout_s=timeout_s)
+        result = result.plus(cached)
         if result.different_blocks:
             logger.error("restored blocks differ from what was lost: %s", result.different_blocks)
             self._page.add(Counter.SHADOW_ERRORS_TOTAL, len(result.different_blocks))
-        return self._recompute(plan.lost.keys() | refused, used, result, timeout_s=timeout_s)
+        gone = plan.lost.keys() | refused | forgotten
+        return self._recompute(gone, used, result, timeout_s=timeout_s)
+
+    def _restore_blocks(self, blocks: Sequence[int], *, timeout_s: float) -> tuple[RebuildResult, set[int]]:
+        """On every lost rank; also returns the blocks whose checksum did not hold."""
+        result = RebuildResult()
+        refused: set[int] = set()
+        for rank in sorted(self._lost):
+            for batch in self._batches(blocks):
+                report = self._restore_batch(rank, batch, timeout_s=timeout_s)
+                result = result.with_report(report)
+                refused.update(report.refused)
+        return result, refused
+
+    def _restore_cached(
+        self, blocks: set[int], refused: set[int], *, timeout_s: float
+    ) -> tuple[RebuildResult, set[int]]:
+        """What only the prefix cache holds, the latest used first. Streams that wait for us do not wait for all of it:
+        the rest is forgotten, and computed again where it is asked for. Returns that, too.
+        """
+        within_s = self._executor.settings.config.restore_cached_within
+        until_s = monotonic_s() + within_s if self._session.scheduler.requests else math.inf
+        order = [block for block in self._guard.latest_cached_first() if block in blocks]
+        order += sorted(blocks.difference(order))  # about to be free
+        result = RebuildResult()
+        for batch in self._batches(order):
+            if monotonic_s() > until_s:
+                break
+            report, wrong = self._restore_blocks(batch, timeout_s=timeout_s)
+            result, blocks = result.plus(report), blocks - set(batch)
+            refused.update(wrong)
+        if blocks:
+            logger.warning(
+                "%d blocks that only the prefix cache held are forgotten: no time for them", len(blocks)
+            )
+        return result.plus(RebuildResult(blocks_forgotten=len(blocks))), blocks
 
     def _batches(self, blocks: Sequence[int]) -> Iterable[Sequence[int]]:
         for first in range(0, len(blocks), REBUILD_BLOCKS):

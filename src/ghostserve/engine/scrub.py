@@ -2,7 +2,8 @@
 time and slowly, and makes right what differs.
 
     frames     the keeper compares them, at low priority, whether or not steps run
-    live KV    the ranks compare it, only while no step is open: a batch holds the session's lock for a few milliseconds
+    live KV    the ranks compare it, in bursts, only while no step is open: a batch holds the session's lock for a few
+               milliseconds
     repairs    as live KV, for they need the ranks; a frame that finds no idle time is given up and caught up by a step
 
 One thread, `--scrub-rate` bytes per second. Fails open: an error here is logged and counted, serving goes on.
@@ -25,7 +26,7 @@ from ghostserve.engine.ring import RanksDied, RankSilent
 from ghostserve.engine.scrub_repair import MISMATCHES, ScrubRepair
 from ghostserve.shadow.keeper_messages import ScrubDone
 from ghostserve.shadow.manifest import Manifest
-from ghostserve.shadow.scrub import Check, Part, Remedy, Round, pause_s, remedy_for_frames, subject_of
+from ghostserve.shadow.scrub import Bursts, Check, Part, Remedy, Round, pause_s, remedy_for_frames, subject_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Scrubber:
         self._guard = executor.session.guard
         self._page = executor.session.page
         self._rate_bytes_s = executor.settings.config.scrub_rate
+        self.bursts = Bursts()
         self._kv, self._frames = Round(of_kv=True), Round(of_kv=False)
         self._asked: tuple[int, list[Check]] | None = None  # the keeper's open job
         self._answers: deque[ScrubDone] = deque()
@@ -119,15 +121,18 @@ class Scrubber:
         """One batch of everything that may be looked at now; how many seconds to wait after it."""
         manifest: Manifest | None = self._guard.manifest
         if manifest is None or self._page.get_switch(Switch.SKIP_SCRUB):
+            self.bursts.start_over()
             return NOTHING_DUE_S
         now_s = monotonic_s()
         self._take_answers(manifest, now_s)
-        spent = 0
+        compared = 0
         with self._idle(now_s) as idle:
-            if idle:
-                spent = self._scrub_kv(manifest, now_s)
+            if idle and self.bursts.allowed(now_s):
+                compared = self._scrub_kv(manifest, now_s)
             self._mend_frames(manifest, now_s, idle=idle)
-        spent += self._ask_keeper(manifest, now_s, idle=idle)
+        spent = self._ask_keeper(manifest, now_s, idle=idle)
+        if compared:
+            return SHORTEST_PAUSE_S
         return pause_s(
             spent,
             rate_bytes_s=self._rate_bytes_s,

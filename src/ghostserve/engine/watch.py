@@ -101,9 +101,10 @@ class Watch:
         self._accepted_at_s = now_s
         self._verdicts = {}
 
-    def replaced(self) -> None:
-        """There are newcomers: the next step is a first one for them."""
-        self._fresh = Stage.REPLACED
+    def replaced(self, newcomers: frozenset[int]) -> None:
+        """The next step is a first one for them."""
+        if newcomers:
+            self._fresh = Stage.REPLACED
 
     def evict_slow(self) -> None:
         """Between two waits: raises RankSilent for ranks that are slow, where they are to be evicted."""

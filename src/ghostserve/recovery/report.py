@@ -64,6 +64,7 @@ class RecoveryReport:
     kv_blocks_from_parity: int
     kv_blocks_from_mirrors: int
     kv_bytes_rebuilt: int
+    kv_blocks_forgotten: int  # only the prefix cache held them, and there was no time
     tokens_recomputed: int  # without the retried step's own tokens
     requests_recomputed: int
 
@@ -82,6 +83,7 @@ class RecoveryReport:
             "kv_blocks_from_parity": self.kv_blocks_from_parity,
             "kv_blocks_from_mirrors": self.kv_blocks_from_mirrors,
             "kv_bytes_rebuilt": self.kv_bytes_rebuilt,
+            "kv_blocks_forgotten": self.kv_blocks_forgotten,
             "tokens_recomputed": self.tokens_recomputed,
             "requests_recomputed": self.requests_recomputed,
         }

@@ -243,6 +243,30 @@ def pause_s(spent_bytes: int, *, rate_bytes_s: int, shortest_s: float, nothing_d
     return max(shortest_s, spent_bytes / rate_bytes_s)
 
 
+@dataclass(slots=True, kw_only=True)
+class Bursts:
+    """When live KV may be compared: for `burst_s` out of every `period_s`, the first at once.
+
+    Every question keeps vLLM's ranks spinning on their message ring for some seconds afterwards, so that asking slowly
+    and steadily would keep an idle machine busy for ever.
+    """
+
+    burst_s: float = 2.0
+    period_s: float = 60.0
+    _until_s: float = float("-inf")
+    _next_s: float = float("-inf")
+
+    def allowed(self, now_s: float) -> bool:
+        """Asked only when the ranks have nothing else to do."""
+        if now_s >= self._next_s:
+            self._until_s, self._next_s = now_s + self.burst_s, now_s + self.period_s
+        return now_s < self._until_s
+
+    def start_over(self) -> None:
+        """The next one may begin at once."""
+        self._until_s = self._next_s = float("-inf")
+
+
 # -- where exactly ---------------------------------------------------------------------------------------------------------
 
 
