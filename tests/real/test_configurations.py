@@ -84,6 +84,7 @@ def test_bfloat16(bfloat16: Served) -> None:
     lose_in_turn(bfloat16, FOUR)
 
 
+@pytest.mark.slow
 def test_twenty_pairs_without_a_failure_are_the_same(bfloat16: Served) -> None:
     """What the oracle rests on: with the batch held equal, failure-free runs agree, in bfloat16 too."""
     asks = [
@@ -148,7 +149,9 @@ def test_bfloat16_chunked_prefill(bfloat16: Served, rank: int) -> None:
     [
         # torch.compile is vLLM's default: survivors keep their code, the newcomer takes it from the cache.
         pytest.param("qwen3", (), "v1-sync", marks=NEEDS_COMPILER, id="qwen3-compiled"),
-        pytest.param("moe", ("--enforce-eager", "--parity-shards", "3"), "v1-sync", id="moe"),
+        pytest.param(
+            "moe", ("--enforce-eager", "--parity-shards", "3"), "v1-sync", marks=pytest.mark.slow, id="moe"
+        ),
         # Several KV cache groups: their blocks differ in size and in what leaves a window.
         pytest.param("hybrid-kv", ("--enforce-eager",), "v1-async", id="hybrid-kv"),
         *(
