@@ -34,6 +34,7 @@ RECOVERY: dict[str, Any] = {
     "kv_bytes_rebuilt": 4096,
     "tokens_recomputed": 0,
     "requests_recomputed": 0,
+    "requests_recomputed_by_choice": 0,
 }
 STATE: dict[str, Any] = {
     "tensor_parallel_size": 2,

@@ -52,6 +52,7 @@ def report() -> RecoveryReport:
         kv_blocks_forgotten=0,
         tokens_recomputed=0,
         requests_recomputed=0,
+        requests_recomputed_by_choice=0,
     )
 
 

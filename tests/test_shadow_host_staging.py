@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 import zlib
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from ghostserve.errors import CorruptionError
-from ghostserve.native import load
+from ghostserve.native.checksum import crc32
 from ghostserve.shadow.host_staging import HostStaging, find_runs
 from ghostserve.shadow.manifest import Piece
 from ghostserve.shadow.mirror import GroupMap, Mirror
@@ -153,11 +152,41 @@ def test_groups_of_their_own_maps() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_crc32_is_zlibs(seed: int) -> None:
     """Every length about the sizes at which the way of computing changes, from any start."""
-    function = load().library.ghostserve_crc32
-    function.argtypes = [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]
-    function.restype = ctypes.c_uint32
     data = np.random.default_rng(seed).integers(0, 256, 5000, dtype=np.uint8)
     for length in (*range(300), *range(1000, 1100), 4096, 4999):
         for shift in (0, 1):
             start, some = random.Random(length).randrange(1 << 32), data[shift : shift + length]
-            assert function(start, some.ctypes.data, len(some)) == zlib.crc32(some.tobytes(), start)
+            assert crc32(some, start) == zlib.crc32(some.tobytes(), start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_blocks_there_and_back(dtype: torch.dtype) -> None:
+    """The same bytes as by an index, nothing else is touched, and every slot count."""
+    plain, other = new_rank(dtype, seed=1), new_rank(dtype, seed=2)
+    native = native_of(other, np.zeros(FRAMES * FRAME_BYTES, dtype=np.uint8))
+    other.copier = native
+    size = plain.slot_bytes(0)
+    for slots in range(1, SIZE + 1):
+        block = slots % BLOCKS
+        log, again = np.zeros(SIZE * size, dtype=np.uint8), np.zeros(SIZE * size, dtype=np.uint8)
+        plain.gather(block=block, group=0, slots=slots, target=log[: slots * size])
+        expected = other.kv.clone()
+        index = other._index(block, 0, 0, slots)
+        expected[index] = plain.kv[index]
+        crc = crc32(log[: slots * size])
+        assert other.adopt(block=block, group=0, slots=slots, log=log, checksum=crc) == slots * size
+        assert torch.equal(other.kv, expected)
+        other.gather(block=block, group=0, slots=slots, target=again[: slots * size])
+        assert np.array_equal(log, again)
+
+
+def test_whole_blocks_out_of_bounds() -> None:
+    rank = new_rank()
+    native = native_of(rank, np.zeros(FRAMES * FRAME_BYTES, dtype=np.uint8))
+    log, before = np.ones((SIZE + 1) * rank.slot_bytes(0), dtype=np.uint8), rank.kv.clone()
+    for copy in (native.scatter, native.gather):
+        with pytest.raises(CorruptionError, match=f"1 slots of block {BLOCKS}, group 0, are out of bounds"):
+            copy(block=BLOCKS, group=0, slots=1, log=log)
+        with pytest.raises(CorruptionError, match="out of bounds"):
+            copy(block=0, group=0, slots=SIZE + 1, log=log)
+    assert torch.equal(rank.kv, before)

@@ -116,6 +116,13 @@ class GhostConfig:
         "rest is computed again when it is asked for. While nothing is served all of it is restored",
         metavar="SECONDS",
     )
+    recovery_plan: str = _option(
+        "exact",
+        "after a loss: exact rebuilds all KV that can be rebuilt; fastest computes the context of a request again where "
+        "that takes less time, as measured on this server (with dtypes other than float32 its further tokens may then "
+        "differ from those without the loss)",
+        choices=("exact", "fastest"),
+    )
     enable_fault_injection: bool = _option(
         False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
     )

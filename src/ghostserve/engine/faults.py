@@ -65,11 +65,16 @@ def hit(page: ControlPage, point: FaultPoint, rank: int) -> Fault | None:
 
 def after_model(fault: Fault, pieces: PackedPieces, *, took_s: float) -> PackedPieces:
     """Carry out what concerns a step whose forward took `took_s`; the pieces that are to be staged now."""
-    if fault.action is FaultAction.SLOW:
-        sleep_s(max(0, fault.argument - 1) * took_s)
+    slow_down(fault, took_s=took_s)
     if fault.action is FaultAction.FAIL_STAGING:
         return _out_of_bounds(pieces)
     return pieces
+
+
+def slow_down(fault: Fault, *, took_s: float) -> None:
+    """Make of what `took_s` something so many times slower, if that is what was armed."""
+    if fault.action is FaultAction.SLOW:
+        sleep_s(max(0, fault.argument - 1) * took_s)
 
 
 def _out_of_bounds(pieces: PackedPieces) -> PackedPieces:

@@ -24,7 +24,8 @@ from ghostserve.arena.control import Counter, Mark, StampStatus
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import weights_identity
 from ghostserve.engine.messages import JoinMessage, RegroupMessage
-from ghostserve.engine.rebuild import Rebuild, RebuildResult
+from ghostserve.engine.open_report import OpenReport
+from ghostserve.engine.rebuild import Rebuild
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.errors import EngineLost, GhostserveError
 from ghostserve.recovery.loss_rate import LossRate
@@ -47,7 +48,7 @@ from ghostserve.recovery.machine import (
 )
 from ghostserve.recovery.report import PhaseClock, RecoveryReport
 from ghostserve.shadow.commit_rule import raised_itself
-from ghostserve.types import Phase, RecoveryPath
+from ghostserve.types import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Performer:
             max_attempts=self._config.recovery_attempts,
             loss_rate=LossRate(losses_max=self._config.losses_max, window_s=self._config.losses_window),
         )
-        self._report: _OpenReport | None = None
+        self._report: OpenReport | None = None
         self.reports: list[RecoveryReport] = []
         self.phase: Phase | None = None
 
@@ -330,7 +331,7 @@ class Performer:
     def _open_report(self, failure: RanksDied | RankRaised | RankSilent) -> None:
         now_s = monotonic_s()
         noticed_s = self._executor.monitor.noticed_at_s
-        self._report = _OpenReport(
+        self._report = OpenReport(
             clock=PhaseClock(min(noticed_s, now_s) if noticed_s is not None else now_s),
             reason=str(failure),
         )
@@ -358,43 +359,3 @@ class Performer:
         self._page.add(Counter.RECOVERIES_TOTAL)
         logger.warning("recovered: %s", finished.to_json())
         self._executor.status.write()
-
-
-class _OpenReport:
-    """Collects what a recovery did until it ends."""
-
-    def __init__(self, *, clock: PhaseClock, reason: str) -> None:
-        self.clock = clock
-        self.reason = reason
-        self.lost_ranks: tuple[int, ...] = ()
-        self.lost_pids: tuple[int, ...] = ()
-        self.result = RebuildResult()
-
-    def lose(self, ranks: frozenset[int], workers: Any) -> None:
-        """These ranks' processes are lost, now or on the way."""
-        self.lost_ranks += tuple(sorted(ranks))
-        self.lost_pids += tuple(workers[rank].proc.pid for rank in sorted(ranks))
-
-    def add(self, result: RebuildResult) -> None:
-        """What one pass restored; a pass that was cut short and repeated counts twice, as its work did."""
-        self.result = self.result.plus(result)
-
-    def close(self, *, epoch: int, ok: bool) -> RecoveryReport:
-        result = self.result
-        return RecoveryReport(
-            epoch=epoch,
-            lost_ranks=self.lost_ranks,
-            lost_pids=self.lost_pids,
-            path=RecoveryPath.RECOMPUTE if result.requests_recomputed else RecoveryPath.REBUILD,
-            ok=ok,
-            reason=self.reason,
-            noticed_at_s=self.clock.started_at_s,
-            phases_ms=self.clock.phases_ms,
-            total_ms=self.clock.total_ms,
-            kv_blocks_from_parity=result.blocks_from_parity,
-            kv_blocks_from_mirrors=result.blocks_from_mirrors,
-            kv_bytes_rebuilt=result.bytes_rebuilt,
-            kv_blocks_forgotten=result.blocks_forgotten,
-            tokens_recomputed=result.tokens_recomputed,
-            requests_recomputed=result.requests_recomputed,
-        )

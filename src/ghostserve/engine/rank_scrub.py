@@ -5,7 +5,6 @@ Called between steps only, so the KV it reads is what the last accepted step lef
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from ghostserve.codec.base import Bytes
 from ghostserve.engine.messages import RepairReport
+from ghostserve.native.checksum import crc32
 from ghostserve.shadow.mirror import Mirror
 from ghostserve.shadow.restore import BlockRestore
 from ghostserve.shadow.scrub import Check, difference
@@ -37,7 +37,7 @@ class RankScrub:
         nbytes = item.slots * self.mirror.slot_bytes(item.group)
         log = self.decode(self.mirror, item) if item.frame is None else self.mirror.frame(item.frame)
         right = log[:nbytes].copy()  # of a frame: what was compared is what is written
-        found = zlib.crc32(right.data)
+        found = crc32(right)
         if found != item.checksum:
             what = "decoded from the others and parity" if item.frame is None else "its mirror"
             return RepairReport(
@@ -47,14 +47,14 @@ class RankScrub:
         self.mirror.adopt(
             block=item.block, group=item.group, slots=item.slots, log=right, checksum=item.checksum
         )
-        if zlib.crc32(self._gather(item.block, item.group, item.slots).data) != item.checksum:
+        if crc32(self._gather(item.block, item.group, item.slots)) != item.checksum:
             return RepairReport(ok=False, reason="the KV memory does not keep what is written to it")
         return self._report(live, right, item.group)
 
     def restore_mirror(self, check: Check) -> RepairReport:
         """Overwrite this rank's mirror of a block with live KV, if that has the checksum of the mirror."""
         live = self._gather(check.block, check.group, check.slots)
-        found, recorded = zlib.crc32(live.data), check.checksums[self.rank]
+        found, recorded = crc32(live), check.checksums[self.rank]
         if found != recorded:
             return RepairReport(
                 ok=False, reason=f"live KV has crc32 {found:08x}, too, not the recorded {recorded:08x}"
@@ -87,7 +87,7 @@ class RankScrub:
         return RepairReport(ok=True, layers=place.layers, slots=place.slots)
 
     def _live_crc(self, check: Check) -> int:
-        return zlib.crc32(self._gather(check.block, check.group, check.slots).data)
+        return crc32(self._gather(check.block, check.group, check.slots))
 
     def _gather(self, block: int, group: int, slots: int) -> Bytes:
         log = np.empty(slots * self.mirror.slot_bytes(group), dtype=np.uint8)

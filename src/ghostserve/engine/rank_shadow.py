@@ -92,7 +92,7 @@ class RankShadow:
         self._mirror = self._unmapped()
         self._mirror.frames = self._segments["pool"].array
         self._mirror.frame_bytes = geometry.frame_bytes
-        self._host = self._host_staging(geometry)
+        self._host = self._mirror.copier = self._host_staging(geometry)
         self._codec = host_codec(self._ranks, geometry.parity_shards)
         self.scrub = RankScrub(rank=self._rank, mirror=self._mirror, decode=self._decode)
         self._staging = StagingArea(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from ghostserve.engine.in_flight import unwritten, without
 from ghostserve.engine.messages import RestoreReport, StateMessage
 from ghostserve.engine.random_state import RandomState
 from ghostserve.engine.request_state import stuck_in_prompt_logprobs
+from ghostserve.recovery.plan import RecoveryPlan
+from ghostserve.recovery.plan import plan as choose
 from ghostserve.shadow.restore import decide, restores
 from ghostserve.shadow.unwritten import Unwritten
 
@@ -34,6 +36,7 @@ class RebuildResult:
     bytes_rebuilt: int = 0
     tokens_recomputed: int = 0
     requests_recomputed: int = 0
+    requests_by_choice: int = 0  # of these: what could be rebuilt, and was slower to rebuild
     blocks_forgotten: int = 0  # only the prefix cache held them
     different_blocks: tuple[int, ...] = ()
 
@@ -44,6 +47,7 @@ class RebuildResult:
             bytes_rebuilt=self.bytes_rebuilt + other.bytes_rebuilt,
             tokens_recomputed=self.tokens_recomputed + other.tokens_recomputed,
             requests_recomputed=self.requests_recomputed + other.requests_recomputed,
+            requests_by_choice=self.requests_by_choice + other.requests_by_choice,
             blocks_forgotten=self.blocks_forgotten + other.blocks_forgotten,
             different_blocks=self.different_blocks + other.different_blocks,
         )
@@ -70,6 +74,7 @@ class Rebuild:
         self._lost = lost
         self._epoch = epoch
         self._every = range(executor.world_size)
+        self._costs = executor.watch.costs
 
     # -- state -----------------------------------------------------------------------------------------
 
@@ -131,16 +136,39 @@ class Rebuild:
         for block, reason in plan.lost.items():
             logger.warning("block %d cannot be rebuilt: %s", block, reason)
         in_use = set().union(*used.values())
-        result, refused = self._restore_blocks(
-            [block for block in plan.restored if block in in_use], timeout_s=timeout_s
-        )
+        chosen = self._choose([block for block in plan.restored if block in in_use], plan.lost.keys(), used)
+        began_s = monotonic_s()
+        result, refused = self._restore_blocks(chosen.rebuilt, timeout_s=timeout_s)
+        self._costs.learn_restore(len(chosen.rebuilt) * len(self._lost), monotonic_s() - began_s)
+        result = result.plus(RebuildResult(requests_by_choice=len(chosen.by_choice)))
         cached, forgotten = self._restore_cached(set(plan.restored) - in_use, refused, timeout_s=timeout_s)
         result = result.plus(cached)
         if result.different_blocks:
             logger.error("restored blocks differ from what was lost: %s", result.different_blocks)
             self._page.add(Counter.SHADOW_ERRORS_TOTAL, len(result.different_blocks))
-        gone = plan.lost.keys() | refused | forgotten
+        gone = plan.lost.keys() | chosen.left.keys() | refused | forgotten
         return self._recompute(gone, used, result, timeout_s=timeout_s)
+
+    def _choose(
+        self, restorable: Sequence[int], lost: Collection[int], used: dict[str, set[int]]
+    ) -> RecoveryPlan:
+        """What of it is worth rebuilding."""
+        contexts = self._session.scheduler.contexts(self._unwritten())
+        own = {context.request: context.blocks for context in contexts}
+        others: set[int] = set()  # of who is named by a step in flight only
+        others.update(*(blocks - own.get(name, set()) for name, blocks in used.items()))
+        by_choice = self._executor.settings.config.recovery_plan == "fastest" and self._costs.known
+        chosen = choose(
+            contexts,
+            restorable,
+            lost,
+            others=others,
+            prefix_cache=bool(self._executor.vllm_config.cache_config.enable_prefix_caching),
+            costs=self._costs if by_choice else None,
+        )
+        for request, reason in chosen.by_choice.items():
+            logger.warning("request %s computes its context again, that is faster: %s", request, reason)
+        return chosen
 
     def _restore_blocks(self, blocks: Sequence[int], *, timeout_s: float) -> tuple[RebuildResult, set[int]]:
         """On every lost rank; also returns the blocks whose checksum did not hold."""

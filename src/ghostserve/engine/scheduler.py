@@ -20,6 +20,7 @@ from ghostserve.arena.control import Counter
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import session
 from ghostserve.engine.request_state import WorkersView
+from ghostserve.recovery.plan import Context
 from ghostserve.shadow.commit_rule import defers_frees
 from ghostserve.shadow.step_plan import NULL_BLOCK
 from ghostserve.shadow.unwritten import CachedBlock, Tables, Unwritten
@@ -113,6 +114,18 @@ class GhostSchedulerMixin(Scheduler):
         )
         users = unwritten.users(running, lambda name: self._as_workers_know(view, name))
         return unwritten.needed_slots(users, self._cached(), self.block_sizes())
+
+    def contexts(self, unwritten: Unwritten) -> list[Context]:
+        """What each running request has in its KV, without what steps in flight are to write."""
+        return [
+            Context(
+                request=request.request_id,
+                tokens=request.num_computed_tokens - unwritten.scheduled.get(request.request_id, 0),
+                tables=self._tables(request.request_id),
+                block_sizes=self.block_sizes(),
+            )
+            for request in self.running
+        ]
 
     def _tables(self, request_id: str) -> Tables:
         tables: Tables = self.kv_cache_manager.get_block_ids(request_id)

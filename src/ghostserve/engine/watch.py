@@ -16,6 +16,7 @@ from ghostserve.clock import monotonic_s
 from ghostserve.engine.in_flight import OpenStep
 from ghostserve.engine.process import is_stopped, starved_s
 from ghostserve.engine.ring import RankSilent
+from ghostserve.recovery.costs import MeasuredCosts
 from ghostserve.recovery.detector import (
     Detector,
     Health,
@@ -60,6 +61,9 @@ class Watch:
         self._detector = Detector(self._limits)
         self._looked_at_s = 0.0
         self._times = StepTimes()
+        self.costs = MeasuredCosts(
+            times=self._times, chunk=executor.vllm_config.scheduler_config.max_num_batched_tokens
+        )
         self._fresh: Stage | None = Stage.FIRST_STEP  # what the next step is, if not one like others
         self._accepted_at_s = 0.0
         self._stopped_at: dict[int, float] = {}  # pid -> since when it is seen stopped

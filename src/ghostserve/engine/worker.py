@@ -302,9 +302,12 @@ class GhostWorkerMixin:
         """Restore a newcomer's KV; None on every other rank."""
         if self.rank != newcomer:
             return None
-        self._fault(FaultPoint.ADOPT)
+        fault, began_s = self._fault(FaultPoint.ADOPT), monotonic_s()
         assert self._shadow is not None
-        return self._shadow.adopt(items)
+        report = self._shadow.adopt(items)
+        if fault is not None:
+            faults.slow_down(fault, took_s=monotonic_s() - began_s)
+        return report
 
     # -- the scrub, between steps ----------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from pathlib import Path
 
-ABI = 4
+ABI = 5
 """What ghostserve_abi of gf256.c has to say."""
 
 LIBRARY = Path(__file__).parent / "libghostserve.so"

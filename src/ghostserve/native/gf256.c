@@ -386,7 +386,7 @@ static void range(int path, const struct job *whole, int rows, size_t begin, siz
 EXPORT int ghostserve_gf256_supports(int path) { return supports(path); }
 
 /* Grows whenever a function changes its meaning; the loader compares it. */
-EXPORT int ghostserve_abi(void) { return 4; }
+EXPORT int ghostserve_abi(void) { return 5; }
 
 /* targets[s][r] = sum over j of c[r][j] * sources[s][j], for all segments s; plus what is there with ACCUMULATE.
 

@@ -33,7 +33,7 @@ struct log {
 };
 
 struct mirror {
-    const uint8_t *kv;
+    uint8_t *kv;
     uint8_t *frames;
     struct log *logs;             /* [frame_count] */
     const struct slots *groups;
@@ -194,6 +194,50 @@ EXPORT size_t ghostserve_stage(const struct mirror *m, const uint32_t *pieces, s
         checksums[k] = append(m, s, block, start, stop, frame);
     }
     return count;
+}
+
+/* ---- whole blocks, after a loss ----------------------------------------------------------------------------------------- */
+
+#define UNITS_BACK(BYTES)                                                                                              \
+    case BYTES:                                                                                                        \
+        for (int64_t i = 0; i < run->count; i++, log += BYTES, to += run->step) memcpy(to, log, BYTES);                \
+        break
+
+static const uint8_t *write_run(uint8_t *to, const uint8_t *log, const struct run *run) {
+    switch (run->bytes) {
+    UNITS_BACK(1);
+    UNITS_BACK(2);
+    UNITS_BACK(4);
+    UNITS_BACK(8);
+    default:
+        for (int64_t i = 0; i < run->count; i++, log += run->bytes, to += run->step) memcpy(to, log, (size_t)run->bytes);
+    }
+    return log;
+}
+
+static const struct slots *within(const struct mirror *m, uint32_t block, uint32_t group, uint32_t slots) {
+    if (group >= m->group_count || block >= m->block_count || slots > m->groups[group].block_size) return NULL;
+    return &m->groups[group];
+}
+
+/* The first `slots` slots of a block, as a packed log. Returns 0 if they are out of bounds, nothing is copied then. */
+EXPORT int ghostserve_gather(const struct mirror *m, uint32_t block, uint32_t group, uint32_t slots, uint8_t *log) {
+    const struct slots *s = within(m, block, group, slots);
+    if (s) gather(m, s, block, 0, slots, log);
+    return s != NULL;
+}
+
+/* And back: the only thing here that writes KV memory. */
+EXPORT int ghostserve_scatter(const struct mirror *m, uint32_t block, uint32_t group, uint32_t slots, const uint8_t *log) {
+    const struct slots *s = within(m, block, group, slots);
+    for (uint32_t slot = 0; s && slot < slots; slot++) {
+        const int64_t *offsets = s->offsets + (size_t)slot * s->run_count;
+        for (uint64_t r = 0; r < s->run_count; r++) {
+            const struct run *run = &s->runs[r];
+            log = write_run(m->kv + offsets[r] + (int64_t)block * run->stride, log, run);
+        }
+    }
+    return s != NULL;
 }
 
 /* For the loader: what it allocates has to fit. */

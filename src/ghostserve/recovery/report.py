@@ -67,6 +67,7 @@ class RecoveryReport:
     kv_blocks_forgotten: int  # only the prefix cache held them, and there was no time
     tokens_recomputed: int  # without the retried step's own tokens
     requests_recomputed: int
+    requests_recomputed_by_choice: int
 
     def as_dict(self) -> dict[str, object]:
         """Plain values under the same names; phases by name, in DESIGN order; times to the microsecond."""
@@ -86,6 +87,7 @@ class RecoveryReport:
             "kv_blocks_forgotten": self.kv_blocks_forgotten,
             "tokens_recomputed": self.tokens_recomputed,
             "requests_recomputed": self.requests_recomputed,
+            "requests_recomputed_by_choice": self.requests_recomputed_by_choice,
         }
 
     def to_json(self) -> str:

@@ -64,6 +64,14 @@ class StepTimes:
         guesses = [times.expected_s * _growth(times.size, size) for times in self._times.values()]
         return (Stage.UNSEEN, min(guesses)) if guesses else (Stage.FIRST_STEP, 0.0)
 
+    def mean_s(self, size: StepSize) -> float | None:
+        """What a step of that size takes on average; guessed from others as in `expect`. None: nothing was seen."""
+        known = self._times.get(size.kind)
+        if known is not None:
+            return known.mean_s
+        guesses = (times.mean_s * _growth(times.size, size) for times in self._times.values())
+        return min(guesses, default=None)
+
 
 def _growth(seen: StepSize, size: StepSize) -> float:
     tokens = max(1.0, size.tokens / max(1, seen.tokens))

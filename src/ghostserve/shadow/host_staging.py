@@ -89,7 +89,10 @@ class HostStaging:
         self._seed = library.ghostserve_seed
         self._seed.argtypes = [pointer, ctypes.c_uint64, u32, u32]
         self._seed.restype = None
+        self._gather = self._of_blocks(library.ghostserve_gather)
+        self._scatter = self._of_blocks(library.ghostserve_scatter)
         self._rank = rank
+        self._slot_bytes = [group.words_per_slot * kv.itemsize for group in groups]
         self._logs = np.zeros(len(frames) // frame_bytes, dtype=_LOG)
         self._kept: list[Any] = [kv, frames]
         slots = (_Slots * len(groups))(*(self._slots(group, kv.itemsize) for group in groups))
@@ -124,6 +127,27 @@ class HostStaging:
         """A newcomer takes over a tail's log where its predecessor left it."""
         assert frame < len(self._logs)
         self._seed(self._place, frame, slots, checksum)
+
+    def gather(self, *, block: int, group: int, slots: int, log: npt.NDArray[np.uint8]) -> None:
+        """Copy the first `slots` slots of live KV into `log`, a packed log of at least that length."""
+        self._copy(self._gather, block, group, slots, log)
+
+    def scatter(self, *, block: int, group: int, slots: int, log: npt.NDArray[np.uint8]) -> None:
+        """Write the first `slots` slots of a packed log into KV memory; nobody has checked them here."""
+        self._copy(self._scatter, block, group, slots, log)
+
+    def _copy(self, function: Any, block: int, group: int, slots: int, log: npt.NDArray[np.uint8]) -> None:
+        assert log.flags.c_contiguous
+        assert log.nbytes >= slots * self._slot_bytes[group]
+        if not function(self._place, block, group, slots, log.ctypes.data):
+            raise CorruptionError(f"{slots} slots of block {block}, group {group}, are out of bounds")
+
+    @staticmethod
+    def _of_blocks(function: Any) -> Any:
+        u32 = ctypes.c_uint32
+        function.argtypes = [ctypes.c_void_p, u32, u32, u32, ctypes.c_void_p]
+        function.restype = ctypes.c_int
+        return function
 
     def _slots(self, group: GroupMap, word_bytes: int) -> _Slots:
         firsts, runs = find_runs(group.words.numpy(), group.stride_words.numpy())

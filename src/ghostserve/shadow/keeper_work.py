@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import zlib
 
 from ghostserve.arena.control import ControlPage, Counter, FaultAction, FaultPoint
 from ghostserve.arena.memfd import Segment
@@ -17,6 +16,7 @@ from ghostserve.clock import monotonic_s
 from ghostserve.codec.base import Bytes, Codec
 from ghostserve.codec.choose import host_codec
 from ghostserve.errors import GhostserveError, ProtocolError
+from ghostserve.native.checksum import crc32
 from ghostserve.shadow.keeper_jobs import failure
 from ghostserve.shadow.keeper_messages import (
     Answer,
@@ -86,7 +86,7 @@ class KeeperWork:
         bad = tuple(
             rank
             for rank, (mirror, checksum) in enumerate(zip(mirrors, job.checksums, strict=True))
-            if zlib.crc32(mirror.data) != checksum
+            if crc32(mirror) != checksum
         )
         if bad:
             logger.error("block %d: the mirrors of ranks %s differ from their checksums", job.block, bad)
@@ -97,7 +97,7 @@ class KeeperWork:
         codec.encode([shard[:half] for shard in mirrors], [shard[:half] for shard in parity])
         _strike(fault)
         codec.encode([shard[half:] for shard in mirrors], [shard[half:] for shard in parity])
-        checksums = tuple(zlib.crc32(shard.data) for shard in parity)
+        checksums = tuple(crc32(shard) for shard in parity)
         if fault is FaultAction.CORRUPT_PARITY:
             for spare in parity[: max(1, len(parity) - 1)]:
                 spare[0] ^= 1
@@ -136,7 +136,7 @@ class KeeperWork:
         wrong = tuple(
             place
             for place, (frame, nbytes) in enumerate(zip(job.frames, job.nbytes, strict=True))
-            if zlib.crc32(self._shard(frame, nbytes).data) != job.checksums[place]
+            if crc32(self._shard(frame, nbytes)) != job.checksums[place]
         )
         self._control.add(Counter.SCRUBBED_BYTES_TOTAL, sum(job.nbytes))
         return ScrubDone(job=job.job, wrong=wrong)

@@ -7,13 +7,14 @@ the gather happens there and one copy crosses the link.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghostserve.native.checksum import crc32
 from ghostserve.shadow.layout import GroupLayout, Layout, words_fingerprint
 from ghostserve.shadow.log_progress import LogProgress
 from ghostserve.shadow.restore import check_log
@@ -47,6 +48,18 @@ class GroupMap:
         return self.layers or (("unknown", self.words_per_slot),)
 
 
+class BlockCopier(Protocol):
+    """Copies whole blocks faster than by an index; `HostStaging` on a CPU."""
+
+    def gather(self, *, block: int, group: int, slots: int, log: npt.NDArray[np.uint8]) -> None:
+        """Live KV of the first `slots` slots into `log`."""
+        ...
+
+    def scatter(self, *, block: int, group: int, slots: int, log: npt.NDArray[np.uint8]) -> None:
+        """And back."""
+        ...
+
+
 @dataclass(slots=True)
 class Mirror:
     """One rank's view: its KV memory, its slot maps and the arena's frames.
@@ -60,6 +73,7 @@ class Mirror:
     num_blocks: int
     frames: npt.NDArray[np.uint8]
     frame_bytes: int
+    copier: BlockCopier | None = None
     _progress: LogProgress = field(default_factory=LogProgress)
 
     @staticmethod
@@ -100,7 +114,7 @@ class Mirror:
         first, checksum = self._progress.begin(frame, start)
         target = self._frame(frame)[first * size : stop * size]
         self._gather(block, group, first, stop, target)
-        checksum = zlib.crc32(target.data, checksum)
+        checksum = crc32(target, checksum)
         self._progress.logged(frame, start=first, stop=stop, checksum=checksum)
         return checksum
 
@@ -124,6 +138,9 @@ class Mirror:
         nbytes = slots * self.slot_bytes(group)
         if checksum is not None:
             check_log(log[:nbytes], block=block, checksum=checksum)
+        if self.copier is not None:
+            self.copier.scatter(block=block, group=group, slots=slots, log=log)
+            return nbytes
         source = torch.from_numpy(log[:nbytes]).view(self.kv.dtype).to(self.kv.device)
         self.kv.index_copy_(0, self._index(block, group, 0, slots), source)
         return nbytes
@@ -159,6 +176,9 @@ class Mirror:
         return (layout.words[start:stop] + block * layout.stride_words).reshape(-1)
 
     def _gather(self, block: int, group: int, start: int, stop: int, target: npt.NDArray[np.uint8]) -> None:
+        if self.copier is not None and start == 0:
+            self.copier.gather(block=block, group=group, slots=stop, log=target)
+            return
         log = torch.from_numpy(target).view(self.kv.dtype)
         if self.kv.device.type == "cpu":
             torch.index_select(self.kv, 0, self._index(block, group, start, stop), out=log)

@@ -6,7 +6,6 @@ processes; bytes are packed logs, as arrays.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from ghostserve.codec.base import Bytes, Codec
 from ghostserve.errors import CorruptionError
+from ghostserve.native.checksum import crc32
 from ghostserve.shadow.manifest import Manifest, Source
 
 
@@ -100,7 +100,7 @@ def restores(
 
 def check_log(log: Bytes, *, block: int, checksum: int) -> None:
     """CorruptionError unless the bytes have this crc32."""
-    if (found := zlib.crc32(log.data)) != checksum:
+    if (found := crc32(log)) != checksum:
         raise CorruptionError(f"block {block}: crc32 {found:08x} is not the recorded {checksum:08x}")
 
 
@@ -129,10 +129,10 @@ def rebuild_log(
     nbytes = next(shard.size for shard in (*data, *parity) if shard is not None)
     log = np.empty(nbytes, dtype=np.uint8)
     codec.reconstruct([*data, *parity], lost=[rank], out=[log])
-    if checksum is None or zlib.crc32(log.data) == checksum:
+    if checksum is None or crc32(log) == checksum:
         return Rebuilt(log=log)
     sound = [
-        shard if zlib.crc32(shard.data) == expected else None
+        shard if crc32(shard) == expected else None
         for shard, expected in zip(parity, parity_checksums, strict=True)
     ]
     wrong, lost = (sum(shard is None for shard in some) for some in (sound, data))
