@@ -13,6 +13,7 @@ from typing import Any
 
 from ghostserve.clock import monotonic_s
 from ghostserve.engine.ring import RanksDied, RankSilent
+from ghostserve.errors import EngineLost
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,11 @@ class Monitor:
             else:
                 executor.performer.recover(RankSilent(hung, "stopped while idle"))
             return True
-        except Exception:
+        except EngineLost:  # given up, and told why
+            return False
+        except Exception as error:
             logger.exception("a repair in idle time failed")
-            self._executor.give_up("a repair in idle time failed")
+            self._executor.give_up(f"a repair in idle time failed: {error}")
             return False
         finally:
             executor.session.lock.release()

@@ -93,7 +93,11 @@ class Performer:
     # -- called by the executor and the monitor --------------------------------------------------------
 
     def recover(self, failure: RanksDied | RankRaised | RankSilent) -> Outcome:
-        """Repair the group. Raises EngineLost when all attempts are used up."""
+        """Repair the group. Raises EngineLost when all attempts are used up, and whenever asked after that: the step of a
+        request that came during the last attempt would be sent for ever.
+        """
+        if self._executor.is_failed:
+            raise EngineLost(self._executor.status.failed)
         if self._report is None:
             self._open_report(failure)
         elif isinstance(failure, RanksDied | RankSilent):

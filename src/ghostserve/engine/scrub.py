@@ -24,6 +24,7 @@ from ghostserve.clock import monotonic_s
 from ghostserve.engine.messages import RepairReport
 from ghostserve.engine.ring import RanksDied, RankSilent
 from ghostserve.engine.scrub_repair import MISMATCHES, ScrubRepair
+from ghostserve.errors import EngineLost
 from ghostserve.shadow.keeper_messages import ScrubDone
 from ghostserve.shadow.manifest import Manifest
 from ghostserve.shadow.scrub import Bursts, Check, Part, Remedy, Round, pause_s, remedy_for_frames, subject_of
@@ -176,9 +177,11 @@ class Scrubber:
             return
         try:
             self._executor.performer.recover(failure)
-        except Exception:
+        except EngineLost:  # given up, and told why
+            pass
+        except Exception as error:
             logger.exception("a repair in idle time failed")
-            self._executor.give_up("a repair in idle time failed")
+            self._executor.give_up(f"a repair in idle time failed: {error}")
 
     # -- live KV ---------------------------------------------------------------------------------------
 

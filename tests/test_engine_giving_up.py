@@ -1,0 +1,115 @@
+"""What happens once a group cannot be repaired: whoever asks again is told so, with the reason, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage
+from ghostserve.arena.memfd import Segment
+from ghostserve.config import GhostConfig
+from ghostserve.engine.executor import GhostExecutor
+from ghostserve.engine.in_flight import OpenStep
+from ghostserve.engine.monitor import Monitor
+from ghostserve.engine.perform import Performer
+from ghostserve.engine.ring import RankRaised, RanksDied
+from ghostserve.errors import EngineLost
+from ghostserve.recovery.step_times import StepSize
+
+SENDS_MAX = 50  # of one step: a server that goes on for ever ends here
+REASON = "no replacement comes up"
+DEAD = frozenset({1})
+
+
+class Ring:
+    """Rank 1 is dead, and the survivors cannot leave."""
+
+    def dead(self) -> frozenset[int]:
+        return DEAD
+
+    def hung(self) -> frozenset[int]:
+        return frozenset()
+
+    def drain(self, *_: Any, **__: Any) -> frozenset[int]:
+        raise RankRaised(0, REASON)
+
+
+class Process(SimpleNamespace):
+    """Of a worker; dead."""
+
+    pid = 1
+
+    def kill(self) -> None:
+        pass
+
+    def join(self, timeout: float) -> None:
+        pass
+
+
+class Executor(SimpleNamespace):
+    """As much of the executor as a recovery touches before it gives up."""
+
+    def give_up(self, reason: str) -> None:
+        self.is_failed, self.status.failed = True, reason
+
+    def recover(self, failure: Any) -> None:
+        GhostExecutor.recover(self, failure)  # type: ignore[arg-type]
+
+    def _send_step(self, step: OpenStep) -> None:
+        self.sends += 1
+        assert self.sends <= SENDS_MAX, "a step is sent again and again to ranks that are gone"
+
+    def _run_oldest(self) -> None:
+        raise RanksDied(DEAD, "process of rank 1 exited")
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    segment = Segment.create("test-control", CONTROL_BYTES)
+    ControlPage.format(segment)
+    page = ControlPage(segment, lane=LANE_ENGINE)
+    nothing = SimpleNamespace(close=lambda: None, calm=lambda: None, remove_of=lambda pid: None)
+    executor = Executor(
+        is_failed=False,
+        leftovers=nothing,
+        open_steps=[],
+        ring=Ring(),
+        sends=0,
+        session=SimpleNamespace(page=page, lock=threading.RLock(), scheduler=SimpleNamespace(open=False)),
+        settings=SimpleNamespace(config=GhostConfig(recovery_attempts=2)),
+        starter=SimpleNamespace(standbys=nothing, meeting=nothing),
+        status=SimpleNamespace(failed=None, write=lambda: None),
+        workers=[SimpleNamespace(proc=Process(), death_writer=None) for _ in range(2)],
+        world_size=2,
+    )
+    executor.monitor = Monitor(executor)
+    executor.performer = Performer(executor)
+    yield executor
+    segment.close()
+
+
+def test_an_idle_give_up_keeps_its_reason(executor: Executor) -> None:
+    executor.monitor._repair_if_idle()
+    assert executor.is_failed
+    assert executor.status.failed == f"gave up after 2 attempts: leave failed: {REASON}"
+
+
+def test_a_request_that_came_during_the_last_attempt_ends(executor: Executor) -> None:
+    """The monitor gives up while a request waits for its lock: its step must not be sent for ever."""
+    executor.monitor._repair_if_idle()
+    step = OpenStep(
+        step=1,
+        scheduler_output=SimpleNamespace(total_num_scheduled_tokens=1, has_structured_output_requests=False),
+        sent=None,
+        pieces=(),
+        size=StepSize(tokens=1, context=0),
+        sent_at_s=0.0,
+        sampling=True,
+    )
+    executor.open_steps.append(step)
+    with pytest.raises(EngineLost, match=REASON):
+        GhostExecutor._complete(executor, step, sampled=True)  # type: ignore[arg-type]
