@@ -59,6 +59,9 @@ class Ring:
         self._executor = executor
         self._token = 0
         self.hung: Callable[[], frozenset[int]] = frozenset  # ranks whose process is stopped for too long
+        self._announced: dict[
+            int, MessageQueue
+        ] = {}  # by rank, where a large reply is on its way by the socket
 
     # -- who is there ----------------------------------------------------------------------------------
 
@@ -127,21 +130,20 @@ class Ring:
         """What a rank sent next. Raises TimeoutError after `SLICE_S`, with nothing lost.
 
         vLLM announces a large reply in the ring and sends it by a socket afterwards: once the announcement was
-        taken, the rest is on its way, for as long as its sender lives.
+        taken, the rest is what comes next of that queue, if its sender gets that far.
         """
         queue = self._executor.response_mqs[rank]
-        announced_at = queue.current_idx
-        try:
-            return queue.dequeue(timeout=SLICE_S)
-        except TimeoutError:
-            if queue.current_idx == announced_at:
-                raise
-        while True:
+        if self._announced.get(rank) is not queue:
+            announced_at = queue.current_idx
             try:
-                return MessageQueue.recv(queue.local_socket, timeout=SLICE_S)
+                return queue.dequeue(timeout=SLICE_S)
             except TimeoutError:
-                if rank in self.dead():
+                if queue.current_idx == announced_at:
                     raise
+                self._announced[rank] = queue
+        reply = MessageQueue.recv(queue.local_socket, timeout=SLICE_S)
+        del self._announced[rank]
+        return reply
 
     def _raise(self, rank: int, reason: str, expect_alive: Collection[int]) -> None:
         """A rank raised: if a process died, that is the cause."""
