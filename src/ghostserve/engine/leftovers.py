@@ -68,15 +68,19 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _owner_gone(directory: Path) -> bool:
+    """Raises OSError where that cannot be found out: without free descriptors nobody has ended."""
     pid, _, started = directory.name.removeprefix(_PREFIX).partition("-")
     return pid.isdigit() and _start_time(int(pid)) != started
 
 
 def _start_time(pid: int) -> str:
-    """Clock ticks since boot at which a process started; with the pid it names a process for good."""
+    """Clock ticks since boot at which a process started; with the pid it names a process for good.
+
+    Raises OSError where /proc cannot be read.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return "gone"
     return "gone" if fields[0] in "ZX" else fields[19]
 
@@ -116,8 +120,11 @@ class Leftovers:
             _unlink(name)
 
     def server_gone(self) -> bool:
-        """Whether the front process has ended, in whatever way."""
-        return self._directory is not None and _owner_gone(self._directory)
+        """Whether the front process has surely ended, in whatever way."""
+        try:
+            return self._directory is not None and _owner_gone(self._directory)
+        except OSError:
+            return False
 
     def remove_all(self) -> None:
         """In the front's place."""

@@ -1,0 +1,52 @@
+"""Whether a server's front process is gone: only if the kernel says so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ghostserve.engine import leftovers
+from ghostserve.engine.leftovers import RUN_DIRECTORY_ENV, Leftovers
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run directory of this process, as a server of its own would have it."""
+    made = tmp_path / f"ghostserve-{os.getpid()}-{leftovers._start_time(os.getpid())}"
+    made.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv(RUN_DIRECTORY_ENV, str(made))
+    return made
+
+
+def no_descriptors(self: Path, *_: object, **__: object) -> str:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_out_of_descriptors_nobody_is_gone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine core that believed it would end a server that is well; a sweep would take its directory away."""
+    engine = Leftovers()
+    assert not engine.server_gone()
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_text", no_descriptors)
+        assert not engine.server_gone()
+        leftovers.sweep()
+    assert directory.is_dir()
+
+
+def test_one_that_has_ended_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    made = tmp_path / f"ghostserve-{process.pid}-{leftovers._start_time(process.pid)}"
+    made.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv(RUN_DIRECTORY_ENV, str(made))
+    assert not Leftovers().server_gone()
+    process.kill()
+    process.wait()
+    assert Leftovers().server_gone()
+    leftovers.sweep()
+    assert not made.exists()
