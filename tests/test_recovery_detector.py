@@ -78,6 +78,14 @@ def test_verdict(samples: tuple[RankSample, ...], waited_s: float, expected: str
     assert states(judge(*samples, waited_s=waited_s)) == expected
 
 
+def test_work_that_is_tried_again_gets_more_time() -> None:
+    """It may be the work that takes so long: with the same deadline it would be called hung each time."""
+    again = replace(WORK, patience=2.0)
+    assert states(judge(ANSWERED, BEGUN, waited_s=1.9, work=WORK)) == "alive dead"
+    assert states(judge(ANSWERED, BEGUN, waited_s=1.9, work=again)) == "alive suspect"
+    assert states(judge(ANSWERED, BEGUN, waited_s=2.1, work=again)) == "alive dead"
+
+
 def test_one_that_finished_and_does_not_answer() -> None:
     """Its peer may have begun the next step already, and waits there."""
     ahead = replace(WAITS, step=STEP + 1)

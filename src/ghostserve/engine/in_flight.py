@@ -27,6 +27,7 @@ class OpenStep:
     pieces: tuple[Piece, ...]
     size: StepSize
     sent_at_s: float  # first
+    patience: float = 1.0  # times its deadline: doubled each time somebody was called hung in it
     disturbed: bool = False  # a recovery came in between: it says nothing about how long such steps take
     grammar_output: Any = None
     sampling: bool = False  # the engine core has asked for the tokens

@@ -35,6 +35,7 @@ from ghostserve.recovery.step_times import StepSize, StepTimes
 logger = logging.getLogger(__name__)
 
 OWN_ABSENCE_S = 0.7  # the monitor looks every half second at least
+PATIENCE_GROWTH = 2.0  # RFC 6298, section 5.5
 LOOK_S = 0.015  # a look takes some 0.1 ms
 
 
@@ -88,6 +89,7 @@ class Watch:
         self._note(verdicts)
         hung = dead_ranks([found for found in verdicts if not self._gone(found.rank)])
         if hung:
+            step.patience *= PATIENCE_GROWTH
             raise RankSilent(hung, reasons([found for found in verdicts if found.rank in hung]))
 
     def blame(self, step: OpenStep, failure: RankSilent) -> RankSilent:
@@ -106,7 +108,8 @@ class Watch:
         self._verdicts = {}
 
     def replaced(self, newcomers: frozenset[int]) -> None:
-        """The next step is a first one for them."""
+        """The next step is a first one for them, and who was slow may not be there any more."""
+        self._evict = None
         if newcomers:
             self._fresh = Stage.REPLACED
 
@@ -124,6 +127,7 @@ class Watch:
             stage=self._fresh if self._fresh is not None and stage is Stage.STEP else stage,
             expected_s=expected_s,
             awaits=awaits,
+            patience=step.patience,
         )
 
     # -- anything else ---------------------------------------------------------------------------------

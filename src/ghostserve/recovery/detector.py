@@ -19,7 +19,8 @@ Once a rank that has not answered was quiet for longer than the deadline:
     an exit explains the wait                     the exited are dead; nobody else is judged by time
 
 The deadline is `factor` times what such work is expected to take, not below a floor and not above a ceiling; a rank
-that makes progress is never late, however long a prefill takes. Time in which the observer itself did not look, or in
+that makes progress is never late, however long a prefill takes. Work that is tried again after a verdict gets twice the
+time (`patience`): it may be the work that takes so long, and no rank is ill (RFC 6298, section 5.5). Time in which the observer itself did not look, or in
 which a rank was ready to run and got no processor, is not held against a rank (compare local health in Lifeguard,
 Dadgar et al. 2018): a busy or suspended machine is not a hang.
 """
@@ -111,6 +112,7 @@ class OpenWork:
     stage: Stage
     expected_s: float
     awaits: int | None = None  # the rank whose answer is missing, even if it has finished
+    patience: float = 1.0  # times the deadline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +161,7 @@ class Detector:
         self._quiet_s[sample.rank] += gone_s - starved_s
 
     def _judge(self, samples: Sequence[RankSample], work: OpenWork) -> list[RankVerdict]:
-        deadline_s = self.limits.deadline_s(work.stage, work.expected_s)
+        deadline_s = work.patience * self.limits.deadline_s(work.stage, work.expected_s)
         present = [sample for sample in samples if not sample.exited]
         exited = [sample.rank for sample in samples if sample.exited]
         places = {sample.rank: _place(sample, work) for sample in present}
