@@ -12,6 +12,7 @@ import pytest
 from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage
 from ghostserve.arena.memfd import Segment
 from ghostserve.config import GhostConfig
+from ghostserve.engine import weights_identity
 from ghostserve.engine.executor import GhostExecutor
 from ghostserve.engine.in_flight import OpenStep
 from ghostserve.engine.monitor import Monitor
@@ -79,11 +80,15 @@ def executor() -> Iterator[Executor]:
         open_steps=[],
         ring=Ring(),
         sends=0,
+        model_config=SimpleNamespace(model="model"),
+        rpc_broadcast_mq=SimpleNamespace(current_idx=0),
         session=SimpleNamespace(page=page, lock=threading.RLock(), scheduler=SimpleNamespace(open=False)),
         settings=SimpleNamespace(config=GhostConfig(recovery_attempts=2)),
         starter=SimpleNamespace(standbys=nothing, meeting=nothing),
         status=SimpleNamespace(failed=None, write=lambda: None),
         workers=[SimpleNamespace(proc=Process(), death_writer=None) for _ in range(2)],
+        weights=None,
+        weights_changed_by=None,
         world_size=2,
     )
     executor.monitor = Monitor(executor)
@@ -113,3 +118,40 @@ def test_a_request_that_came_during_the_last_attempt_ends(executor: Executor) ->
     executor.open_steps.append(step)
     with pytest.raises(EngineLost, match=REASON):
         GhostExecutor._complete(executor, step, sampled=True)  # type: ignore[arg-type]
+
+
+class FreedRing(Ring):
+    """All ranks are dead: nobody has anything to leave."""
+
+    def drain(self, *_: Any, **__: Any) -> frozenset[int]:
+        return frozenset()
+
+    def ask(self, *_: Any, **__: Any) -> dict[int, Any]:
+        return {}
+
+    def send(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def test_a_process_that_cannot_be_started_uses_up_an_attempt(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may refuse one process and give the next; and the first newcomer of two must be known, or nobody fences it."""
+    monkeypatch.setattr(weights_identity, "identity", lambda model: None)
+    monkeypatch.setattr(weights_identity, "what_changed", lambda before, now: None)
+    newcomers: list[Process] = []
+
+    def start_rank(rank: int, *, join_at: int) -> Any:
+        if rank == 1:
+            raise BlockingIOError("Resource temporarily unavailable")
+        newcomers.append(Process())
+        return SimpleNamespace(proc=newcomers[-1], death_writer=None)
+
+    executor.ring = FreedRing()
+    executor.starter.meet = lambda: None
+    executor.starter.meeting.url = "ghostserve://nowhere"
+    executor.starter.start_rank = start_rank
+    with pytest.raises(EngineLost, match="after 2 attempts: spawn failed: BlockingIOError"):
+        executor.performer.recover(RanksDied(frozenset({0, 1}), "both gone"))
+    assert len(newcomers) == 2
+    assert executor.workers[0].proc is newcomers[-1]

@@ -8,8 +8,9 @@ import signal
 import time
 
 import psutil
+import pytest
 
-from ghostserve.engine.process import WatchedProcess
+from ghostserve.engine.process import WatchedProcess, start_within
 
 
 def start() -> WatchedProcess:
@@ -45,3 +46,32 @@ def test_a_death_is_seen_at_once() -> None:
     process.join(5)
     assert not process.is_alive()
     process.kill()  # nobody else is hit
+
+
+def test_a_fork_server_that_is_stopped_is_not_waited_for() -> None:
+    """A recovery would wait for it for ever; it is killed, and the next start brings up another one."""
+    first = start()
+    assert first.pid is not None
+    fork_server = psutil.Process(first.pid).parent()
+    assert fork_server is not None
+    fork_server.suspend()
+    began_s = time.monotonic()
+    with pytest.raises(TimeoutError, match="fork server"):
+        start_within(WatchedProcess(target=time.sleep, args=(60,), daemon=True), timeout_s=60)
+    assert time.monotonic() - began_s < 10
+    assert first.is_alive()
+    second = WatchedProcess(target=time.sleep, args=(60,), daemon=True)
+    start_within(second, timeout_s=60)
+    assert second.is_alive()
+    for process in (first, second):
+        process.kill()
+        process.join(5)
+
+
+def test_what_a_start_fails_with_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: WatchedProcess) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(WatchedProcess, "start", refuse)
+    with pytest.raises(BlockingIOError):
+        start_within(WatchedProcess(target=time.sleep, args=(60,), daemon=True), timeout_s=60)

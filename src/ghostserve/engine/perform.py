@@ -186,6 +186,14 @@ class Performer:
             logger.error("%s failed on rank %d: %s", self.phase.value, failure.rank, failure.reason)
             reason = failure.reason.splitlines()[0]
             return [PhaseFailed(phase=self.phase, reason=reason, epoch=run.epoch)]
+        except (
+            OSError,
+            EOFError,
+        ) as failure:  # no process, descriptor or port to be had; perhaps in a moment
+            logger.exception("%s failed", self.phase.value)
+            return [
+                PhaseFailed(phase=self.phase, reason=f"{type(failure).__name__}: {failure}", epoch=run.epoch)
+            ]
         return [PhaseDone(phase, run.epoch) for phase in run.phases]
 
     # -- phases ----------------------------------------------------------------------------------------
@@ -239,8 +247,10 @@ class Performer:
         ring.send("ghost_regroup", message, gone=lost)
         join_at = executor.rpc_broadcast_mq.current_idx
         started_s = monotonic_s()
-        unready = {rank: executor.starter.start_rank(rank, join_at=join_at) for rank in sorted(lost)}
-        for rank, handle in unready.items():  # from here on a fence finds them
+        unready = {}
+        for rank in sorted(lost):
+            handle = unready[rank] = executor.starter.start_rank(rank, join_at=join_at)
+            # From here on a fence finds it.
             executor.workers[rank].proc = handle.proc
             executor.workers[rank].death_writer = handle.death_writer
         for rank, handle in unready.items():

@@ -10,9 +10,62 @@ import contextlib
 import os
 import select
 import signal
+import threading
 import weakref
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+SLICE_S = 0.1
+STOPPED_MAX_S = 1.0
+
+
+def start_within(process: ForkServerProcess, *, timeout_s: float) -> None:
+    """Have the fork server start a process. One that does not answer in time, or is stopped, is killed: the next start
+    brings up another one.
+
+    Raises TimeoutError then, and OSError or EOFError where the process could not be started.
+    """
+    failures: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            process.start()
+        except BaseException as error:
+            failures.append(error)
+
+    # Python waits for the new pid without a bound.
+    thread = threading.Thread(target=start, daemon=True, name="ghostserve-start")
+    thread.start()
+    waited_s = stopped_s = 0.0
+    while thread.is_alive() and waited_s < timeout_s and stopped_s < STOPPED_MAX_S:
+        thread.join(SLICE_S)
+        waited_s += SLICE_S
+        stopped_s = stopped_s + SLICE_S if _fork_server_stopped() else 0.0
+    if thread.is_alive():
+        _kill_fork_server()
+        thread.join(STOPPED_MAX_S)
+        raise TimeoutError(f"the fork server did not start a process within {waited_s:.1f} s")
+    if failures:
+        raise failures[0]
+
+
+def _fork_server_pid() -> int | None:
+    pid: int | None = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return pid
+
+
+def _fork_server_stopped() -> bool:
+    pid = _fork_server_pid()
+    return pid is not None and is_stopped(pid)
+
+
+def _kill_fork_server() -> None:
+    """Our own child, not reaped before the next start, so that the pid is its."""
+    pid = _fork_server_pid()
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class WatchedProcess(ForkServerProcess):

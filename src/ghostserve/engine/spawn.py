@@ -32,7 +32,7 @@ from ghostserve.arena.control import ControlPage, Mark
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import logs
-from ghostserve.engine.process import WatchedProcess
+from ghostserve.engine.process import WatchedProcess, start_within
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +119,10 @@ def fork_server(models: list[str]) -> Any:
     return context
 
 
-def start_process(context: Any, start: WorkerStart, place: Place | None) -> StartedProcess:
-    """Start a process for a rank, or a standby for any."""
+def start_process(
+    context: Any, start: WorkerStart, place: Place | None, *, timeout_s: float
+) -> StartedProcess:
+    """Start a process for a rank, or a standby for any. Raises OSError or EOFError."""
     ready_reader, ready_writer = context.Pipe(duplex=False)
     death_reader, death_writer = context.Pipe(duplex=False)
     ours, theirs = context.Pipe() if place is None else (None, None)
@@ -130,7 +132,7 @@ def start_process(context: Any, start: WorkerStart, place: Place | None) -> Star
         name="VllmWorker-standby" if place is None else f"VllmWorker-{place.rank}",
         daemon=True,
     )
-    process.start()
+    start_within(process, timeout_s=timeout_s)
     for end in (ready_writer, death_reader, theirs):
         if end is not None:
             end.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -32,6 +33,7 @@ class Starter:
             os.environ["OMP_NUM_THREADS"] = str(len(cpus))
         self._context = fork_server(settings.preload_modules(executor.vllm_config))
         self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
+        self._timeout_s = settings.config.start_timeout
         self.standbys = Standbys(self.start_standby, wanted=settings.standbys())
 
     def start_all(self) -> None:
@@ -79,11 +81,13 @@ class Starter:
         place = self._place(rank, join_at=join_at)
         if join_at is not None and (standby := self.standbys.take()) is not None:
             return standby.send_to(place)
-        return start_process(self._context, self.worker_start(), place).handle(rank)
+        # At the server's start the fork server imports everything first, from a cold disk perhaps.
+        timeout_s = math.inf if join_at is None else self._timeout_s
+        return start_process(self._context, self.worker_start(), place, timeout_s=timeout_s).handle(rank)
 
     def start_standby(self) -> StartedProcess:
         """A process that waits to be told its rank."""
-        return start_process(self._context, self.worker_start(), None)
+        return start_process(self._context, self.worker_start(), None, timeout_s=self._timeout_s)
 
     def worker_start(self) -> WorkerStart:
         """The same for all; as the server's configuration is now."""
