@@ -105,7 +105,7 @@ def test_help_is_asked_for_and_given(capsys: pytest.CaptureFixture[str], argv: l
         (["kil"], "did you mean 'kill'?"),
         (["kill"], "--rank"),
         (["kill", "--rank", "one"], "invalid int"),
-        (["kill", "--rank", "0", "--how", "tickle"], "invalid choice"),
+        (["kill", "--rank", "0", "--how", "tickle"], "choose from 'crash', 'segfault'"),
         (["kill", "--how", "client_gone"], "invalid choice"),
         (["kill", "--how", "slow"], "name it with --rank"),
         (["status", "--ulr", "x"], "--ulr"),
@@ -281,6 +281,19 @@ def test_status_is_readable() -> None:
     assert "live KV 1 times and 2/2 blocks" in text
     assert "wrong: 0 KV, 0 mirrors, 0 parity · 0 repaired, 0 given up, 0 waiting" in text
     assert "NaN" not in text
+    assert "standby" not in text
+    slow = {"health": "slow", "health_reason": "9.0 ms of work per step, 2.0 ms on the others"}
+    troubled = after | {
+        "ranks": [after["ranks"][0], after["ranks"][1] | slow],
+        "standbys": [{"pid": 77, "state": "ready", "memory_bytes": 100 << 20}],
+        "keeper": {"pid": None, "restarts": 6},
+        "failure": "rank 1 was lost 21 times within 600 s",
+    }
+    shown = status.render(troubled)
+    assert "slow      VLLM::Worker_TP1 · 9.0 ms of work per step" in shown
+    assert "77  standby   ready · 100.0 MiB" in shown
+    assert "keeper    gone" in shown
+    assert "rank 1 was lost 21 times" in shown
     broken = after | {"scrub": after["scrub"] | {"kv_nan_total": 3, "kv_mismatches_total": 1}}
     assert "KV holds 3 NaN and 0 infinities" in status.render(broken)
     assert "wrong: 1 KV" in status.render(broken)

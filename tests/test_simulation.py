@@ -87,7 +87,16 @@ def test_a_violation_is_told_with_its_seed(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--seeds", "0"], ["--jobs", "0"], ["--trace"], ["--first-seed", "-1"]]
+    ("arguments", "said"),
+    [
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--trace"], "name it with --replay"),
+        (["--first-seed", "-1"], "--first-seed -1: must be at least 0"),
+    ],
 )
-def test_what_makes_no_sense_is_refused(arguments: list[str]) -> None:
+def test_what_makes_no_sense_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
     assert cli.main(["simulate", *arguments]) == 2
+    assert said in capsys.readouterr().err

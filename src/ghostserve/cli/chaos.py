@@ -95,6 +95,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"--minutes {options.minutes}: must be above 0")
     if options.plan is not None and (options.faults is not None or options.kinds is not None):
         raise UsageError("--plan says which faults strike: leave --faults and --kinds out")
+    if options.kinds is not None:
+        kinds_of(options.kinds, standbys=True)  # a wrong one is told before a server is started
     if options.serve and options.serve[0].startswith("-"):
         raise UsageError(f"{options.serve[0]}: flags for the server follow its MODEL")
     if options.minutes is None and options.faults is None and options.plan is None:

@@ -18,7 +18,9 @@ _SUBJECTS = {
     Victim.STANDBY: "a standby",
     Victim.CLIENT: "a client",
 }
-_BY_SERVER = [name for name in NAMES if (kind := kind_of(name)) and KINDS[kind].victim is not Victim.CLIENT]
+_BY_SERVER = [
+    str(name) for name in NAMES if (kind := kind_of(name)) and KINDS[kind].victim is not Victim.CLIENT
+]
 
 
 def main(argv: Sequence[str]) -> int:

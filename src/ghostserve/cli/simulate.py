@@ -44,8 +44,13 @@ def main(argv: Sequence[str]) -> int:
     if options.trace:
         raise UsageError("--trace prints one schedule: name it with --replay")
     jobs = len(os.sched_getaffinity(0)) if options.jobs is None else options.jobs
-    if min(options.seeds, jobs) < 1 or options.first_seed < 0:
-        raise UsageError(f"--seeds {options.seeds}, --jobs {jobs}, --first-seed {options.first_seed}")
+    for name, value, least in (
+        ("seeds", options.seeds, 1),
+        ("jobs", jobs, 1),
+        ("first-seed", options.first_seed, 0),
+    ):
+        if value < least:
+            raise UsageError(f"--{name} {value}: must be at least {least}")
     totals = simulate(first_seed=options.first_seed, seeds=options.seeds, jobs=jobs, on_progress=_say)
     print(json.dumps(totals.to_dict()) if options.json else totals.text())
     return EXIT_VIOLATION if totals.violated else 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from ghostserve.cli.arguments import add_server_options, admin_of, new_parser
 from ghostserve.cli.units import bytes_text, count_text, milliseconds_text
-from ghostserve.types import Phase
+from ghostserve.types import Phase, RankState
 
 
 def phases_line(phases_ms: Mapping[str, float | None]) -> str:
@@ -33,6 +33,7 @@ def _server_lines(state: Mapping[str, Any]) -> list[str]:
     phase = f" ({state['phase']})" if state.get("phase") else ""
     return [
         f"state     {state['state']}{phase} · epoch {state['epoch']}",
+        *([f"          {state['failure']}"] if state.get("failure") else []),
         f"model     {state['model']} · {state['dtype']} · tensor parallel {state['tensor_parallel_size']} · "
         f"blocks of {count_text(state['block_size'], 'token')}",
         f"versions  ghostserve {state['version']} · vllm {state['vllm']} · torch {state['torch']}",
@@ -42,13 +43,23 @@ def _server_lines(state: Mapping[str, Any]) -> list[str]:
 def _rank_lines(state: Mapping[str, Any]) -> list[str]:
     ranks = state["ranks"]
     lines = [f"{'rank':>4}  {'pid':>8}  {'state':<8}  title"]
-    lines += [f"{rank['rank']:>4}  {rank['pid']:>8}  {rank['state']:<8}  {rank['title']}" for rank in ranks]
+    lines += [_rank_line(rank) for rank in ranks]
     keeper = state.get("keeper") or {}
-    if keeper.get("pid"):
-        lines.append(
-            f"{'':>4}  {keeper['pid']:>8}  {'keeper':<8}  {count_text(keeper.get('restarts', 0), 'restart')}"
-        )
+    if keeper:
+        how = "gone" if not keeper.get("pid") else count_text(keeper.get("restarts", 0), "restart")
+        lines.append(f"{'':>4}  {keeper.get('pid') or '-':>8}  {'keeper':<8}  {how}")
+    for standby in state.get("standbys", ()):
+        memory = f" · {bytes_text(standby['memory_bytes'])}" if standby["memory_bytes"] else ""
+        lines.append(f"{'':>4}  {standby['pid']:>8}  {'standby':<8}  {standby['state']}{memory}")
     return lines
+
+
+def _rank_line(rank: Mapping[str, Any]) -> str:
+    """One that lives may be slow, or under suspicion, with a reason."""
+    alive = rank["state"] == RankState.ALIVE.value
+    state = rank.get("health", rank["state"]) if alive else rank["state"]
+    why = f" · {rank['health_reason']}" if alive and rank.get("health_reason") else ""
+    return f"{rank['rank']:>4}  {rank['pid']:>8}  {state:<8}  {rank['title']}{why}"
 
 
 def _shadow_lines(shadow: Mapping[str, Any]) -> list[str]:
