@@ -12,7 +12,6 @@ import pytest
 from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage
 from ghostserve.arena.memfd import Segment
 from ghostserve.config import GhostConfig
-from ghostserve.engine import weights_identity
 from ghostserve.engine.executor import GhostExecutor
 from ghostserve.engine.in_flight import OpenStep
 from ghostserve.engine.monitor import Monitor
@@ -80,14 +79,14 @@ def executor() -> Iterator[Executor]:
         open_steps=[],
         ring=Ring(),
         sends=0,
-        model_config=SimpleNamespace(model="model"),
         rpc_broadcast_mq=SimpleNamespace(current_idx=0),
         session=SimpleNamespace(page=page, lock=threading.RLock(), scheduler=SimpleNamespace(open=False)),
         settings=SimpleNamespace(config=GhostConfig(recovery_attempts=2)),
         starter=SimpleNamespace(standbys=nothing, meeting=nothing),
         status=SimpleNamespace(failed=None, write=lambda: None),
         workers=[SimpleNamespace(proc=Process(), death_writer=None) for _ in range(2)],
-        weights=None,
+        weights=(),
+        weights_now=tuple,
         weights_changed_by=None,
         world_size=2,
     )
@@ -133,12 +132,8 @@ class FreedRing(Ring):
         pass
 
 
-def test_a_process_that_cannot_be_started_uses_up_an_attempt(
-    executor: Executor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_cannot_be_started_uses_up_an_attempt(executor: Executor) -> None:
     """The kernel may refuse one process and give the next; and the first newcomer of two must be known, or nobody fences it."""
-    monkeypatch.setattr(weights_identity, "identity", lambda model: None)
-    monkeypatch.setattr(weights_identity, "what_changed", lambda before, now: None)
     newcomers: list[Process] = []
 
     def start_rank(rank: int, *, join_at: int) -> Any:

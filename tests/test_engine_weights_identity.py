@@ -39,5 +39,39 @@ def test_removed_weights_are_named(tmp_path: Path) -> None:
     assert "model.safetensors" in (what_changed(before, identity(str(model))) or "")
 
 
-def test_an_id_instead_of_a_folder() -> None:
-    assert identity("someone/model") == ()
+def cached(tmp_path: Path) -> Path:
+    """The hub's cache with two commits of one model, alike but for their names; returns what `main` is written in."""
+    repository = tmp_path / "models--someone--model"
+    for commit in ("a" * 40, "b" * 40):
+        files = repository / "snapshots" / commit
+        files.mkdir(parents=True)
+        (files / "config.json").write_text("{}")
+        (files / "model.safetensors").write_bytes(b"weights")
+        os.utime(files / "model.safetensors", ns=(0, 0))
+        os.utime(files / "config.json", ns=(0, 0))
+    main = repository / "refs" / "main"
+    main.parent.mkdir()
+    main.write_text("a" * 40)
+    return main
+
+
+def test_an_id_whose_branch_moves_on(tmp_path: Path) -> None:
+    """A replacement would load the newer commit beside the survivors' older one."""
+    main = cached(tmp_path)
+    before = identity("someone/model", cache=str(tmp_path))
+    assert [name for name, *_ in before] == [f"commit {'a' * 40}", "config.json", "model.safetensors"]
+    assert what_changed(before, identity("someone/model", cache=str(tmp_path))) is None
+    main.write_text("b" * 40)
+    assert "b" * 40 in (what_changed(before, identity("someone/model", cache=str(tmp_path))) or "")
+    assert what_changed(before, identity("someone/model", revision="a" * 40, cache=str(tmp_path))) is None
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    assert [name for name, *_ in identity(str(file))] == ["model.gguf"]
+
+
+def test_what_cannot_be_told(tmp_path: Path) -> None:
+    assert identity("someone/unknown", cache=str(tmp_path)) == ()
+    assert identity("s3://bucket/some/model", cache=str(tmp_path)) == ()

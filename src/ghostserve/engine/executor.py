@@ -82,11 +82,13 @@ class GhostExecutor(MultiprocExecutor):
         self._get_parallel_sizes()
         self.settings = Settings.from_environment()
         self.leftovers = Leftovers()
-        self.weights = weights_identity.identity(self.model_config.model)
+        self.weights = self.weights_now()  # before they are read
         self.weights_changed_by: str | None = None  # an RPC that changed them in memory
         self._connect_arena()
         self.starter = Starter(self, self.settings)
         self.starter.start_all()
+        if weights_identity.is_downloaded(self.model_config.model):
+            self.weights = self.weights_now()
         self.note_segments()
         self.futures_queue: deque[Any] = deque()
         self.output_rank = self._get_output_rank()
@@ -117,6 +119,13 @@ class GhostExecutor(MultiprocExecutor):
         )
         self.session = session.Session(guard=guard, page=page)
         session.start(self.session)
+
+    def weights_now(self) -> Any:
+        """What tells the model's files from others; see `weights_identity`."""
+        model = self.model_config
+        return weights_identity.identity(
+            model.model, revision=model.revision, cache=self.vllm_config.load_config.download_dir
+        )
 
     def note_segments(self) -> None:
         """Remember what named shared memory vLLM made, and whose it is."""

@@ -224,7 +224,7 @@ class Performer:
         """Newcomers start, survivors wait for them at a new rendezvous, weights are loaded."""
         executor, lost, survivors = self._executor, self.lost, self._survivors()
         ring, timeout_s = executor.ring, self._config.start_timeout
-        now = weights_identity.identity(executor.model_config.model)
+        now = executor.weights_now()
         if lost and (changed := weights_identity.what_changed(executor.weights, now)):
             raise CannotReplace(changed)
         if lost and executor.weights_changed_by:

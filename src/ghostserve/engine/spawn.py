@@ -33,6 +33,7 @@ from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import logs
 from ghostserve.engine.process import WatchedProcess, start_within
+from ghostserve.engine.weights_identity import ask_no_hub
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,8 @@ def worker_main(
     if place is None:
         assert orders is not None
         place = _stand_by(start, orders)
+    if place.join_at is not None:
+        ask_no_hub()
     _pin(place.cpus)
     _mark_started(place.rank)
     worker: GhostWorkerProc | None = None

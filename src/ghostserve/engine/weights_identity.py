@@ -1,27 +1,64 @@
 """Whether the model's files are still those the server started with.
 
 A replacement reads its weights from them. Were they exchanged meanwhile, it would compute another model's
-numbers beside the survivors', and nothing would report it.
+numbers beside the survivors', and nothing would report it. A model named by an id lies in the hub's cache, where each
+commit has a folder of its own; vLLM asks once at the start which commit a branch names, if the hub answers.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub import constants
+
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json")
 
 
-def identity(model: str) -> tuple[tuple[str, int, int], ...]:
-    """Name, size in bytes and modification time of each file that matters; empty for a model that is no folder."""
-    folder = Path(model)
-    if not folder.is_dir():
+def identity(
+    model: str, *, revision: str | None = None, cache: str | None = None
+) -> tuple[tuple[str, int, int], ...]:
+    """Name, size in bytes and modification time of each file that matters. Asks no network.
+
+    `model`: a folder, a file, or an id, of which the commit that the cache has for `revision` counts, too. Empty for
+    what is none of these, or is not in the cache (`cache`: where that is, by default the hub's).
+    """
+    path = Path(model)
+    if path.is_file():
+        return (_entry(path),)
+    if path.is_dir():
+        return _entries(path)
+    try:
+        snapshot = Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, cache_dir=cache, local_files_only=True
+            )
+        )
+    except (OSError, ValueError):  # not there, or no id at all
         return ()
+    return ((f"commit {snapshot.name}", 0, 0), *_entries(snapshot))
+
+
+def is_downloaded(model: str) -> bool:
+    """Whether the files are only there once a worker has loaded them."""
+    return not Path(model).exists()
+
+
+def ask_no_hub() -> None:
+    """From here on this process takes models from the cache: the survivors have nothing newer, and a hub that does not
+    answer is asked again and again, for half a minute.
+    """
+    constants.HF_HUB_OFFLINE = True
+
+
+def _entries(folder: Path) -> tuple[tuple[str, int, int], ...]:
     files = {file for pattern in WEIGHTS for file in folder.glob(pattern)}
-    found = []
-    for file in sorted(files):
-        stat = file.stat()
-        found.append((file.name, stat.st_size, stat.st_mtime_ns))
-    return tuple(found)
+    return tuple(map(_entry, sorted(files)))
+
+
+def _entry(file: Path) -> tuple[str, int, int]:
+    stat = file.stat()
+    return file.name, stat.st_size, stat.st_mtime_ns
 
 
 def what_changed(
