@@ -293,6 +293,23 @@ def test_the_kill_strikes_in_the_middle_and_a_keeper_given_up_costs_only_parity(
             segment.close()
 
 
+def test_a_keeper_given_up_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given up for good, its jobs would stay open: no frame would be wiped and come back, and in the end nothing be protected."""
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", "/bin/false")
+        supervisor = KeeperSupervisor(restarts_max=1, window_s=1.0)
+        wait_until(lambda: supervisor.control.keeper_given_up, "the supervisor to give up")
+    with supervisor:
+        engine = Engine(supervisor.address, job_deadline_s=DEADLINE_S, attempts_max=3)
+        try:
+            engine.client.submit(WipeJob(job=1, frames=(0,)))
+            assert [answer.job for answer in engine.wait_answers(1)] == [1]
+            assert not engine.frame(0).any()
+            assert not supervisor.control.keeper_given_up
+        finally:
+            engine.close()
+
+
 def test_killed_while_idle_the_next_one_is_ready() -> None:
     with server() as (supervisor, engine):
         engine.client.submit(engine.encode_job(1))

@@ -132,7 +132,9 @@ class ControlPage:
 
     @property
     def keeper_given_up(self) -> bool:
-        """The keeper died too often and is not started again: sealed blocks stay mirrored, none is coded."""
+        """The keeper died too often and is left alone for a while: sealed blocks stay mirrored, none is coded, no frame
+        that was given up comes back.
+        """
         return bool(self._words[_KEEPER_OFF_WORD])
 
     @keeper_given_up.setter

@@ -1,7 +1,7 @@
 """The front process's side of the keeper: creates the arena, starts the keeper, and starts it again.
 
     starting ──▶ running ──keeper died──▶ starting (at most `restarts_max` times within `window_s`)
-                    │                        └── more often ──▶ given up: no parity from now on
+                    │                        └── more often ──▶ given up for `window_s`, then starting
                     └──close()──▶ closed
 
 One thread does it all, also handing out descriptors at the front's own address, so that the arena can be
@@ -12,6 +12,7 @@ goes out when the *thread* that started a process ends.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import site
@@ -106,10 +107,14 @@ class KeeperSupervisor:
                 starts.popleft()
             if len(starts) > self._restarts_max + 1:
                 logger.error(
-                    "the keeper died %d times in %g s: no parity from now on", len(starts), self._window_s
+                    "the keeper died %d times in %g s: no parity for as long", len(starts), self._window_s
                 )
                 self.control.keeper_given_up = True
-                break
+                starts.clear()
+                # Not for good: nobody else wipes frames, and without that no block could be protected in the end.
+                self._serve_until(None, timeout_s=self._window_s)
+                self.control.keeper_given_up = False
+                continue
             if started_before:
                 self.control.add(Counter.KEEPER_RESTARTS)
             started_before = True
@@ -117,8 +122,6 @@ class KeeperSupervisor:
                 self._run_keeper()
             except Exception:  # counts as a death; the server itself needs no keeper
                 logger.exception("the keeper could not be started")
-        while not self._closing:
-            self._serve_until(None)
 
     def _run_keeper(self) -> None:
         """Start the keeper and return when it is dead and reaped."""
@@ -145,14 +148,16 @@ class KeeperSupervisor:
         if not self._closing:
             logger.warning("keeper %d ended with status %s", process.pid, process.returncode)
 
-    def _serve_until(self, pidfd: int | None) -> None:
-        """Hand out descriptors until the process of `pidfd` ends or `close` is called."""
+    def _serve_until(self, pidfd: int | None, *, timeout_s: float = math.inf) -> None:
+        """Hand out descriptors until the process of `pidfd` ends, the time is over, or `close` is called."""
+        until_s = monotonic_s() + timeout_s
         poll = select.poll()
         for fd in (self._wake_fd, self._listener.fileno(), *([] if pidfd is None else [pidfd])):
             poll.register(fd, select.POLLIN)
         while not self._closing:
-            ready = {fd for fd, _ in poll.poll()}
-            if pidfd in ready:
+            left_s = until_s - monotonic_s()
+            ready = {fd for fd, _ in poll.poll(None if left_s == math.inf else max(0.0, left_s) * 1000)}
+            if pidfd in ready or left_s <= 0:
                 return
             if self._listener.fileno() in ready:
                 self._hand_out()
