@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 
 import psutil
@@ -261,14 +262,15 @@ def test_a_replacement_that_dies_while_starting(float32: Served, point: str) -> 
     assert float32.server.status()["ranks"][1]["pid"] not in report["lost_pids"]
 
 
-def test_a_fork_server_that_dies(float32: Served) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_fork_server_that_is_gone_or_stopped(float32: Served, signum: signal.Signals) -> None:
     """Its children go on; the next replacement is started by a new one."""
     ask = Ask(max_tokens=150)
     reference, before = float32.reference(ask), float32.recoveries()
     ranks = float32.server.status()["ranks"]
     fork_server = psutil.Process(ranks[0]["pid"]).parent()
     assert fork_server is not None
-    fork_server.kill()
+    fork_server.send_signal(signum)
     assert_same(reference, float32.run(ask))
     assert float32.recoveries() == before, "nobody else was lost"
     faulted = float32.run(ask, on_token=Hurt(70, lambda: float32.kill(1)), timeout_s=150)

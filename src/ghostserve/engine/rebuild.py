@@ -74,7 +74,6 @@ class Rebuild:
         self._lost = lost
         self._epoch = epoch
         self._every = range(executor.world_size)
-        self._costs = executor.watch.costs
 
     # -- state -----------------------------------------------------------------------------------------
 
@@ -136,10 +135,11 @@ class Rebuild:
         for block, reason in plan.lost.items():
             logger.warning("block %d cannot be rebuilt: %s", block, reason)
         in_use = set().union(*used.values())
+        costs = self._executor.watch.costs
         chosen = self._choose([block for block in plan.restored if block in in_use], plan.lost.keys(), used)
         began_s = monotonic_s()
         result, refused = self._restore_blocks(chosen.rebuilt, timeout_s=timeout_s)
-        self._costs.learn_restore(len(chosen.rebuilt) * len(self._lost), monotonic_s() - began_s)
+        costs.learn_restore(len(chosen.rebuilt) * len(self._lost), monotonic_s() - began_s)
         result = result.plus(RebuildResult(requests_by_choice=len(chosen.by_choice)))
         cached, forgotten = self._restore_cached(set(plan.restored) - in_use, refused, timeout_s=timeout_s)
         result = result.plus(cached)
@@ -157,14 +157,15 @@ class Rebuild:
         own = {context.request: context.blocks for context in contexts}
         others: set[int] = set()  # of who is named by a step in flight only
         others.update(*(blocks - own.get(name, set()) for name, blocks in used.items()))
-        by_choice = self._executor.settings.config.recovery_plan == "fastest" and self._costs.known
+        costs = self._executor.watch.costs
+        by_choice = self._executor.settings.config.recovery_plan == "fastest" and costs.known
         chosen = choose(
             contexts,
             restorable,
             lost,
             others=others,
             prefix_cache=bool(self._executor.vllm_config.cache_config.enable_prefix_caching),
-            costs=self._costs if by_choice else None,
+            costs=costs if by_choice else None,
         )
         for request, reason in chosen.by_choice.items():
             logger.warning("request %s computes its context again, that is faster: %s", request, reason)
