@@ -255,3 +255,16 @@ def test_a_replacement_starts_with_a_clean_record() -> None:
 
 def test_health_has_a_word_for_each() -> None:
     assert [health.value for health in Health] == ["alive", "slow", "suspect", "dead"]
+
+
+@pytest.mark.parametrize(("starved", "expected"), [(0.0, [1]), (0.9, [])])
+def test_who_gets_no_processor_is_not_slow(starved: float, expected: list[int]) -> None:
+    """Rank 1 takes five times as long as the other; `starved` of the difference it had no processor."""
+    slow, found = SlowRanks(factor=3.0), []
+    for number in range(30):
+        steps = 10 * number
+        late = Work(in_steps_s=steps * 0.02, waited_s=0.0, steps=steps, starved_s=starved * steps * 0.016)
+        found = slow.look(
+            0.25 * number, [Work(in_steps_s=steps * 0.02, waited_s=steps * 0.016, steps=steps), late]
+        )
+    assert [one.rank for one in found] == expected

@@ -152,11 +152,7 @@ class Watch:
 
     def look_for_slow(self) -> None:
         """A few times per second: who holds the others up, though alive."""
-        progress = [self._page.progress(rank) for rank in range(self._executor.world_size)]
-        works = [
-            Work(in_steps_s=found.in_steps_s, waited_s=found.waited_s, steps=found.steps)
-            for found in progress
-        ]
+        works = [self._work_of(worker) for worker in self._executor.workers]
         slow = {found.rank: found for found in self._slow.look(monotonic_s(), works)}
         for rank in slow.keys() - self._slow_ranks.keys():
             logger.warning("rank %d is slow: %s", rank, slow[rank].reason)
@@ -180,6 +176,15 @@ class Watch:
         return (Health.ALIVE, "") if slow is None else (Health.SLOW, slow.reason)
 
     # -- private ---------------------------------------------------------------------------------------
+
+    def _work_of(self, worker: Any) -> Work:
+        found = self._page.progress(worker.rank)
+        return Work(
+            in_steps_s=found.in_steps_s,
+            waited_s=found.waited_s,
+            steps=found.steps,
+            starved_s=starved_s(worker.proc.pid),
+        )
 
     def _note(self, verdicts: list[RankVerdict]) -> None:
         for found in verdicts:

@@ -2,9 +2,9 @@
 
 All ranks of a group end a step together; the slow one is the one for which the others wait. So what counts is
 
-    busy time per step = (time in steps - time waiting in collectives) / steps
+    busy time per step = (time in steps - time waiting in collectives - time without a processor) / steps
 
-over a window. A rank is slow while that is `factor` times the median of the others'. Where collectives do not tell how
+over a window. Who gets no processor, because something else has it, is not slow: a successor would get none either. A rank is slow while that is `factor` times the median of the others'. Where collectives do not tell how
 long they waited (over gloo, on a GPU), all ranks look equally busy and none is called slow.
 """
 
@@ -27,6 +27,7 @@ class Work:
     in_steps_s: float
     waited_s: float
     steps: int
+    starved_s: float = 0.0  # ready to run, and without a processor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,4 +77,5 @@ class SlowRanks:
 
 def _busy_s(work: Work, old: Work) -> float:
     steps = work.steps - old.steps
-    return max(0.0, (work.in_steps_s - old.in_steps_s) - (work.waited_s - old.waited_s)) / steps
+    elsewhere_s = (work.waited_s - old.waited_s) + (work.starved_s - old.starved_s)
+    return max(0.0, work.in_steps_s - old.in_steps_s - elsewhere_s) / steps
