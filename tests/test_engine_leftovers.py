@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from ghostserve.engine import leftovers
 from ghostserve.engine.leftovers import RUN_DIRECTORY_ENV, Leftovers
+from ghostserve.engine.process import start_time
 
 
 @pytest.fixture
@@ -36,6 +38,24 @@ def test_out_of_descriptors_nobody_is_gone(directory: Path, monkeypatch: pytest.
         assert not engine.server_gone()
         leftovers.sweep()
     assert directory.is_dir()
+
+
+def test_who_is_stopped_is_ended_with_the_server() -> None:
+    """Its engine core is gone, and it cannot notice; somebody else who has its number by now is left in peace."""
+    workers = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    stopped, standby, other = workers
+    stopped.send_signal(signal.SIGSTOP)
+    entries = [{"pid": worker.pid, "start_time": start_time(worker.pid)} for worker in workers]
+    entries[2]["start_time"] = 1
+    try:
+        leftovers.end_processes({"ranks": [entries[0], entries[2]], "standbys": [entries[1]]})
+        leftovers.end_processes(None)
+        assert stopped.wait(10) == standby.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def test_one_that_has_ended_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,34 @@ def test_a_loss_that_cannot_be_repaired(tmp_path: Path) -> None:
         result = served.run(Ask(max_tokens=1500), on_token=Hurt(20, ruin), timeout_s=120)
         assert result.error is not None
         assert server.wait_exit(timeout_s=60) == 4, server.log_tail()
+        leaks = server.leaks(settle_s=10)
+        assert not leaks.processes
+        assert not leaks.shared_memory
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_middle_of_a_recovery(tmp_path: Path) -> None:
+    """The engine cannot tell its streams any more that it ends; the server does not wait until their clients leave."""
+    served = kit.serve(
+        tmp_path, "terminated", "--dtype", "float32", "--enforce-eager", "--hang-timeout", "30"
+    )
+    server = served.server
+    try:
+        served.arm(point="weights", rank=1, action="hang")
+        codes: list[int | None] = []
+
+        def end() -> None:
+            served.kill(1)
+            server.wait_status(lambda status: status["phase"] == "spawn", timeout_s=10, what="a recovery")
+            codes.append(server.terminate(timeout_s=30))
+
+        thread = threading.Thread(target=end)
+        result = served.run(Ask(max_tokens=1500), on_token=Hurt(20, thread.start), timeout_s=60)
+        thread.join(40)
+        assert result.error is not None
+        assert codes == [0], server.log_tail()
         leaks = server.leaks(settle_s=10)
         assert not leaks.processes
         assert not leaks.shared_memory

@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 RUN_DIRECTORY_ENV = "GHOSTSERVE_RUN_DIRECTORY"
 _PREFIX = "ghostserve-"
@@ -93,6 +95,21 @@ def _noted(directory: Path) -> Iterator[str]:
                 name = json.loads(line)["name"]
                 if isinstance(name, str) and _QUEUE.fullmatch(name):
                     yield name
+
+
+def end_processes(state: Mapping[str, Any] | None) -> None:
+    """Kill the workers and standbys that the last state document names and that still run.
+
+    They end by themselves once the engine core has; but one that is stopped, or spins, does nothing any more.
+    """
+    for entry in (*(state or {}).get("ranks", ()), *(state or {}).get("standbys", ())):
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(entry["pid"])
+            try:
+                if _start_time(entry["pid"]) == str(entry["start_time"]):  # still the one that was meant
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
 
 
 class Leftovers:

@@ -45,6 +45,7 @@ from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 logger = logging.getLogger(__name__)
 
 KEEPER_START_S = 10.0
+LAST_WORDS_S = 5.0  # for answers that are under way once the engine has ended
 RUN_DIRECTORY_CHARS_MAX = 107 - len("/") - 36  # a Unix socket's path, less vLLM's file name (a UUID)
 
 # Called with the app, the control page (None without protection), the parsed arguments and our configuration.
@@ -108,7 +109,10 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
         with KeeperSupervisor() as keeper:
             keeper.wait_ready(timeout_s=KEEPER_START_S)
             os.environ.update(keeper.environment())
-            return _run(arguments, config, mount, page=keeper.control)
+            try:
+                return _run(arguments, config, mount, page=keeper.control)
+            finally:
+                leftovers.end_processes(keeper.control.read_state())
     finally:
         leftovers.remove_run_directory(directory)
 
@@ -263,6 +267,8 @@ class _Server:
                 log_level=arguments.uvicorn_log_level,
                 access_log=not arguments.disable_uvicorn_access_log,
                 timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+                # An engine that is told to end in the middle of a recovery answers nobody: not waited for until the clients go.
+                timeout_graceful_shutdown=LAST_WORDS_S,
                 ssl_keyfile=arguments.ssl_keyfile,
                 ssl_certfile=arguments.ssl_certfile,
                 ssl_ca_certs=arguments.ssl_ca_certs,

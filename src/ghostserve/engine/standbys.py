@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from ghostserve.clock import monotonic_s
+from ghostserve.engine.process import start_time
 from ghostserve.engine.spawn import WAITING, Place, StartedProcess
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class Standbys:
         return [
             {
                 "pid": self._pid(standby),
+                "start_time": start_time(self._pid(standby)),
                 "state": "ready" if standby.waiting else "starting",
                 "memory_bytes": standby.memory_bytes,
             }

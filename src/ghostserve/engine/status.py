@@ -9,11 +9,11 @@ import contextlib
 import importlib.metadata
 import logging
 import threading
-from pathlib import Path
 from typing import Any
 
 import ghostserve
 from ghostserve.arena.control import Counter
+from ghostserve.engine.process import start_time
 from ghostserve.types import RankState, ServerState
 
 logger = logging.getLogger(__name__)
@@ -151,14 +151,6 @@ class StatusWriter:
             "async_scheduling": bool(vllm_config.scheduler_config.async_scheduling),
             "max_concurrent_batches": vllm_config.max_concurrent_batches,
         }
-
-
-def start_time(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat: with the pid it names a process for good."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def _version(*names: str) -> str:
