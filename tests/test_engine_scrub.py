@@ -129,6 +129,7 @@ class World:
         self.settings = SimpleNamespace(config=GhostConfig())
         self.ring, self.open_steps, self.is_failed = self, [], False
         self.performer = SimpleNamespace(phase=None, epoch=3, recover=self.recovered.append)
+        self.watch = SimpleNamespace(costs=None)  # nothing is chosen by costs here
         self.scrubber = Scrubber(self)
         self.scrubber.bursts = Bursts(burst_s=1e9)  # when it may ask is another matter
         self.guard.on_scrubbed = self.scrubber._answers.append
