@@ -33,6 +33,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def _bytes_argument(text: str) -> int:
+    """For argparse, which names the flag."""
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _option(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, **extra})
 
@@ -54,7 +62,7 @@ class GhostConfig:
         None,
         "host memory for the whole shadow, e.g. 8Gi; never exceeded. Default: what full protection needs, at "
         "most a quarter of the machine's or cgroup's memory",
-        type=parse_bytes,
+        type=_bytes_argument,
         metavar="BYTES",
     )
     encode_backlog: int = _option(
@@ -64,7 +72,7 @@ class GhostConfig:
         parse_bytes("16Mi"),
         "bytes per second of KV, mirrors and parity that are compared with their checksums, e.g. 16Mi; KV only while "
         "nothing is served; 0 = off",
-        type=parse_bytes,
+        type=_bytes_argument,
         metavar="BYTES/s",
     )
     recovery_attempts: int = _option(3, "attempts to replace a rank before the server gives up", metavar="N")

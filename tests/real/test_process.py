@@ -34,7 +34,8 @@ def ghostserve(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedP
     ("flags", "says"),
     [
         (("--no-such-flag",), "no-such-flag"),
-        (("--host-memory", "lots"), "lots"),
+        (("--host-memory", "lots"), "--host-memory: 'lots' is not an amount of memory"),
+        (("--scrub-rate", "fast"), "--scrub-rate: 'fast' is not an amount of memory"),
         (("--parity-shards", "0"), "--parity-shards 0"),
         (("--parity-shards", "255"), "--parity-shards 255"),
         (("--pipeline-parallel-size", "2"), "--pipeline-parallel-size > 1"),
