@@ -49,6 +49,7 @@ def watch(clock: Clock) -> Iterator[Watch]:
             settings=SimpleNamespace(
                 config=GhostConfig(evict_slow=True, hang_timeout=1.0, first_step_timeout=4.0)
             ),
+            vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=256)),
             session=SimpleNamespace(page=ControlPage(segment, lane=LANE_ENGINE)),
             performer=SimpleNamespace(epoch=0),
             workers=[SimpleNamespace(rank=rank, proc=process) for rank in range(2)],
