@@ -22,7 +22,7 @@ from ghostserve.shadow.step_plan import BlockTables, Write
 from ghostserve.testing.simulation.contents import SLOT_BYTES, VOCABULARY, Truth
 from ghostserve.testing.simulation.keeper import SimulatedKeeper
 from ghostserve.testing.simulation.memory import PlainSegment
-from ghostserve.testing.simulation.scheduler import Request, Scheduled, Scheduler
+from ghostserve.testing.simulation.scheduler import Name, Request, Scheduled, Scheduler
 from ghostserve.testing.simulation.setup import OUTPUT_TOKENS_MAX, PROMPT_TOKENS_MAX, Setup
 from ghostserve.testing.simulation.workers import Message, Rank, Workers, WorkerState
 from ghostserve.types import STEPS_IN_FLIGHT_MAX
@@ -121,11 +121,11 @@ class Cluster:
 
     # -- requests --------------------------------------------------------------------------------------
 
-    def arrives(self) -> None:
+    def arrives(self) -> Request:
         """A request, often with a prompt that others share."""
         number = self.counts["requests"]
         self.counts["requests"] += 1
-        name = f"r{number}"
+        name = Name(f"r{number}")
         shared = list(self.rng.choice(self._prompts))
         prompt = shared[: self.rng.randint(2, len(shared))]
         prompt += [self.rng.randrange(1, VOCABULARY) for _ in range(self.rng.randint(0, 4))]
@@ -143,6 +143,7 @@ class Cluster:
         self.truths[name], self.shown[name] = truth, []
         self.scheduler.add(request)
         self.note(f"{name} arrives, {request.prompt} tokens, {request.outputs_max} wanted")
+        return request
 
     def leaves(self) -> None:
         """A client goes away."""

@@ -66,15 +66,17 @@ class Faults:
         return self.recovery.working and self._crash()
 
     def _hang(self) -> bool:
+        """It is stopped, or it spins; in a step or while nothing is asked of it."""
         able = [rank for rank in self._alive() if not rank.hung]
-        if not able or not self.cluster.open_steps:
+        if not able:
             return False
         rank = self.rng.choice(able)
-        rank.hung = True
+        rank.hung, rank.stopped = True, self.rng.random() < 0.5
         rank.hung_alone = rank.stage is not Stage.BEGUN or self.rng.random() < 0.5
         if rank.hung_alone and rank.stage is Stage.BEGUN:
             rank.met -= 1
         self.cluster.counts["losses"] += 1
+        self.cluster.counts["hangs in idle time"] += not self.cluster.open_steps
         return True
 
     def _slow(self) -> bool:
@@ -91,10 +93,17 @@ class Faults:
         return True
 
     def _raise_always(self) -> bool:
-        """A step that raises wherever it is run."""
-        if self.recovery.working or not self.cluster.open_steps:
+        """A step that raises wherever it is run; one that was done already, when it is run again after a loss."""
+        cluster = self.cluster
+        if self.recovery.working or not cluster.open_steps:
             return False
-        self.cluster.workers.poisoned = self.cluster.open_steps[-1].step
+        steps = [step.step for step in cluster.open_steps]
+        done = [
+            step for step in steps if any((cluster.epoch, step) in rank.finished for rank in self._alive())
+        ]
+        cluster.workers.poisoned = self.rng.choice(done or steps)
+        if done:
+            self._crash()
         return True
 
     def _late_message(self) -> bool:
@@ -113,9 +122,10 @@ class Faults:
     # -- the arena -------------------------------------------------------------------------------------
 
     def _staging_fails(self) -> bool:
+        """The arena takes nothing of a rank, for some steps."""
         alive = self._alive()
         if alive:
-            self.rng.choice(alive).fails_to_stage = True
+            self.rng.choice(alive).fails_to_stage = self.rng.choice((1, 2, 4, 16))
         return bool(alive)
 
     def _torn_record(self) -> bool:

@@ -277,6 +277,8 @@ class Recovery:
         size = cluster.setup.block_bytes
         pool = cluster.pool.array.data
         for item in items:
+            if item.frame is None and len(lost) > cluster.setup.parity_shards:
+                raise Violation(f"block {item.block}: its mirrors are gone while they are restored from")
             for rank, frame in item.survivors.items():
                 nbytes = cluster.setup.block_sizes[item.group] * SLOT_BYTES
                 at = item.block * size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import zlib
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -31,6 +32,7 @@ class Totals:
     shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
     violations: list[tuple[int, str]] = field(default_factory=list)  # (seed, what), the first few
     violated: int = 0
+    checksum: int = 0  # of all states; equal wherever the same seeds are run by the same code
     took_s: float = 0.0
     cpu_s: float = 0.0  # of all processes; what else the machine did is not in it
 
@@ -41,6 +43,7 @@ class Totals:
         self.events += result.events
         self.events_min = result.events if self.events_min is None else min(self.events_min, result.events)
         self.counts.update(result.counts)
+        self.checksum = zlib.crc32(result.checksum.to_bytes(4, "little"), self.checksum)
         self.without_loss += not result.counts.get(LOSSES)
         self.shapes[result.setup.ranks, result.setup.parity_shards] += 1
         if result.violation is not None:
@@ -62,6 +65,7 @@ class Totals:
             "events": self.events,
             "events_mean": round(self.events_mean, 1),
             "events_min": self.events_min,
+            "checksum": f"{self.checksum:08x}",
             "schedules_without_loss": self.without_loss,
             "violated": self.violated,
             "violations": [{"seed": seed, "what": what} for seed, what in self.violations],
@@ -74,7 +78,7 @@ class Totals:
         lines = [
             f"{self.seeds} schedules from seed {self.first_seed} in {self.took_s:.0f} s ({self.cpu_s:.0f} s of CPU): "
             f"{self.events_mean:.0f} events each on average, {self.counts[LOSSES]} losses, "
-            f"{self.violated} violations",
+            f"{self.violated} violations; checksum {self.checksum:08x}",
             "",
         ]
         width = max(map(len, self.counts), default=0)

@@ -15,6 +15,7 @@ from ghostserve.testing.simulation.suspicion import Suspicion
 from ghostserve.testing.simulation.workers import Rank
 
 QUIET_EVENTS_MAX = 3000
+AMBUSH_EVENTS_MAX = 6  # after a preemption
 HANG_S = 11.0  # longer than the keeper's client waits
 
 
@@ -45,6 +46,8 @@ class Schedule:
     invariants: Invariants = field(init=False)
     suspicion: Suspicion = field(init=False)
     events: int = 0
+    _preempted: int = 0  # preemptions seen
+    _ambush_at: int | None = None  # event
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -63,7 +66,7 @@ class Schedule:
                 self.cluster.arrives()
             loss_at = self.rng.randint(self.setup.events // 4, self.setup.events // 2)
             while self.events < self.setup.events and not self.recovery.given_up:
-                if self.events >= loss_at and not self.cluster.counts["losses"]:
+                if self._loss_is_due(loss_at):
                     self.faults.strike("crash")
                 elif self.rng.random() < self._fault_share():
                     self._fault()
@@ -96,6 +99,18 @@ class Schedule:
             return
         self.invariants.check()
 
+    def _loss_is_due(self, first_at: int) -> bool:
+        """One in each schedule; and after preemptions, if this one has ambushes: what was given up is overwritten at once."""
+        preempted = self.cluster.scheduler.preempted_for_room
+        if preempted != self._preempted:
+            self._preempted = preempted
+            if self.rng.random() < self.setup.ambush_share:
+                self._ambush_at = self.events + self.rng.randint(0, AMBUSH_EVENTS_MAX)
+        if self._ambush_at is not None and self.events >= self._ambush_at:
+            self._ambush_at = None
+            return True
+        return self.events >= first_at and not self.cluster.counts["losses"]
+
     def _fault_share(self) -> float:
         """Losses during a recovery are rare if nobody sees to them."""
         share = self.setup.fault_share
@@ -119,11 +134,12 @@ class Schedule:
             return
         able: list[tuple[Callable[[], object], int]] = [(self._ranks, 40), (self._keeper, 12)]
         if cluster.open_steps:
-            able.append((self._accepts, 14))
+            able.append((self._accepts, self.setup.accepts))
         if self.recovery.healthy:
             if cluster.may_send:
                 able.append((cluster.sends, 25))
-            able += [(cluster.arrives, 5), (cluster.leaves, 1), (cluster.preempts, 1)]
+            able += [(cluster.arrives, 5), (cluster.leaves, self.setup.leaves)]
+            able.append((cluster.preempts, self.setup.preempts))
             if not cluster.open_steps:
                 able.append((self._idle, 3))
         actions, weights = zip(*able, strict=True)
@@ -168,9 +184,20 @@ class Schedule:
             return True
         if self.cluster.open_steps and self.rng.random() < 0.3 and self.recovery.raised():
             return True
-        if self.cluster.hanging and self.rng.random() < 0.1:
+        if self.rng.random() < 0.3 and self._sees_the_stopped():
+            return True
+        if self.cluster.open_steps and self.cluster.hanging and self.rng.random() < 0.1:
             return self._waits_for_the_hung()
         return False
+
+    def _sees_the_stopped(self) -> bool:
+        """While nothing is asked of the ranks nobody waits for them; the monitor looks at their processes all the same."""
+        stopped = frozenset(rank.index for rank in self.cluster.hanging if rank.stopped)
+        if not stopped or self.cluster.open_steps:
+            return False
+        self.cluster.counts["stopped ones found in idle time"] += len(stopped)
+        self.recovery.lost(stopped, "stopped while idle")
+        return True
 
     def _waits_for_the_hung(self) -> bool:
         """Whoever can go on goes on, until a deadline has passed."""
@@ -204,28 +231,37 @@ class Schedule:
     # -- the end ---------------------------------------------------------------------------------------
 
     def _quiet_end(self) -> None:
-        """Nothing more goes wrong: everything recovers, and every request ends as it should."""
-        cluster = self.cluster
+        """Nothing more goes wrong: everything recovers, every request ends as it should, and a last one is served."""
         self.recovery.fails.clear()
         self.recovery.newcomers_die = 0
-        for rank in cluster.workers.ranks:
+        for rank in self.cluster.workers.ranks:
             rank.slow = rank.raises = 0
+        self._comes_to_rest()
+        last = self.cluster.arrives()
+        self._comes_to_rest()
+        if self.recovery.given_up:
+            return
+        if (shown := self.cluster.shown[last.name]) != last.answer():
+            raise Violation(f"the last request is shown {shown}; without failures it is {last.answer()}")
+        if self.cluster.hanging:
+            raise Violation(f"the last request is served, and ranks hang: {self._unrest()}")
+        self.invariants.check_kv()
+        self._empties()
+
+    def _comes_to_rest(self) -> None:
+        """Until there is nothing to do. One that spins may be left: nobody waits for it before the next step does."""
         for _ in range(QUIET_EVENTS_MAX):
             if self.recovery.given_up or self._at_rest():
-                break
+                return
             self._goes_on_quietly()
             self._event_is_over()
-        else:
-            raise Violation(f"not at rest {QUIET_EVENTS_MAX} events after the last fault: {self._unrest()}")
-        if not self.recovery.given_up:
-            self.invariants.check_kv()
-            self._empties()
+        raise Violation(f"not at rest {QUIET_EVENTS_MAX} events after the last fault: {self._unrest()}")
 
     def _at_rest(self) -> bool:
         cluster = self.cluster
-        ranks_well = all(rank.alive and not rank.hung for rank in cluster.workers.ranks)
+        ranks_seen_well = all(rank.alive and not rank.stopped for rank in cluster.workers.ranks)
         idle = not cluster.scheduler.requests and not cluster.open_steps and not self.recovery.working
-        return idle and ranks_well and not cluster.keeper.busy and self.recovery.healthy
+        return idle and ranks_seen_well and not cluster.keeper.busy and self.recovery.healthy
 
     def _unrest(self) -> str:
         cluster = self.cluster

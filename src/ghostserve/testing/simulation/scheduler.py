@@ -8,17 +8,26 @@ in flight may read it stays taken for as long as the product's policy says (`def
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Iterator
+import zlib
+from collections import deque
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from ghostserve.shadow import commit_rule
 from ghostserve.shadow.step_plan import RequestStep, StepIncrement
 from ghostserve.shadow.unwritten import CachedBlock
+from ghostserve.testing.simulation.block_pool import BlockPool, Key
 from ghostserve.testing.simulation.contents import Truth, ends
 from ghostserve.testing.simulation.setup import Setup
 
-Key = tuple[int, int, int]  # group, index, hash of all tokens up to the end of the block
+
+class Name(str):
+    """A request's id. It hashes alike in every process, so that sets of them have one order, and a seed one schedule."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return zlib.crc32(self.encode())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -35,6 +44,15 @@ class Request:
     placeholders: int = 0  # outputs on their way
     stale: int = 0  # outputs that were on their way when it was preempted
     drops_stale: bool = False  # they are computed anew; otherwise they are shown when they come
+
+    def answer(self) -> list[int]:
+        """All outputs of the failure-free run."""
+        outputs: list[int] = []
+        while len(outputs) < self.outputs_max:
+            outputs.append(self.truth.token(self.prompt + len(outputs)))
+            if ends(outputs[-1]):
+                break
+        return outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,66 +79,6 @@ class Scheduled:
         )
 
 
-class BlockPool:
-    """Blocks 1..n; 0 is vLLM's placeholder. Free ones in the order of their next use."""
-
-    def __init__(self, blocks: int) -> None:
-        self.users = [0] * (blocks + 1)
-        self.keys: list[Key | None] = [None] * (blocks + 1)
-        self.free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(1, blocks + 1))
-        self._cached: dict[Key, list[int]] = {}
-
-    def is_live(self, block: int) -> bool:
-        return self.users[block] > 0 or self.keys[block] is not None
-
-    def is_cached(self, block: int) -> bool:
-        return self.keys[block] is not None
-
-    def cached_only(self) -> Iterator[int]:
-        yield from self.free
-
-    def take(self) -> int:
-        block, _ = self.free.popitem(last=False)
-        self.forget(block)
-        self.users[block] = 1
-        return block
-
-    def share(self, block: int) -> None:
-        if self.users[block] == 0:
-            del self.free[block]
-        self.users[block] += 1
-
-    def give_back(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            self.users[block] -= 1
-            assert self.users[block] >= 0, f"block {block} is given back twice"
-            if self.users[block] == 0:
-                self.free[block] = None
-
-    def find(self, key: Key) -> int | None:
-        known = self._cached.get(key)
-        return known[0] if known else None
-
-    def remember(self, block: int, key: Key) -> None:
-        if self.keys[block] is None:
-            self.keys[block] = key
-            self._cached.setdefault(key, []).append(block)
-
-    def forget(self, block: int) -> None:
-        key, self.keys[block] = self.keys[block], None
-        if key is not None:
-            self._cached[key].remove(block)
-            if not self._cached[key]:
-                del self._cached[key]
-
-    def cached(self) -> Iterator[tuple[int, Key]]:
-        for blocks in self._cached.values():
-            for block in blocks:
-                key = self.keys[block]
-                assert key is not None
-                yield block, key
-
-
 @dataclass(slots=True)
 class Scheduler:
     """One engine core's. `in_flight()` says which was the last step sent; 0: none is in flight."""
@@ -134,6 +92,7 @@ class Scheduler:
     _deferred: list[tuple[int, list[int]]] = field(default_factory=list)
     last_sent: int = 0  # step; what is given up now may be read by it
     in_flight: int = 0
+    preempted_for_room: int = 0  # so often, while a step in flight may still read what was given up
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.setup.blocks)
@@ -233,6 +192,7 @@ class Scheduler:
             victim = self.running[-1] if self.running else None
             if not preempt or victim is None or victim.name in taken:
                 return None
+            self.preempted_for_room += victim.placeholders > 0
             self.preempt(victim, drop=False)
             if victim is request:
                 return None

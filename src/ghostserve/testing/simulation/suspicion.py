@@ -61,6 +61,7 @@ class Suspicion:
         return RankSample(
             rank=rank.index,
             exited=not rank.alive,
+            stopped=rank.stopped,
             epoch=stamp.epoch,
             step=stamp.step,
             at_work=stamp.status in _AT_WORK,

@@ -98,6 +98,9 @@ class Rank:
     alive: bool = True
     hung: bool = False
     hung_alone: bool = False  # not in a collective, so that its peers wait for it
+    stopped: bool = (
+        False  # hung by a signal, as anybody can see; otherwise it spins, and only its silence tells
+    )
     met: int = 0  # collectives begun since the groups were formed
     slow: int = 0  # of so many chances to go on it takes one
     gate: StepGate = field(default_factory=StepGate)
@@ -105,7 +108,7 @@ class Rank:
     queue: deque[Message] = field(default_factory=deque)
     stage: Stage = Stage.QUEUED
     raises: int = 0  # so many of the next steps
-    fails_to_stage: bool = False  # the next step
+    fails_to_stage: int = 0  # so many of the next steps
     finished: set[tuple[int, int]] = field(
         default_factory=set
     )  # (epoch, step): what is true, whatever it stamped
@@ -282,7 +285,7 @@ class Workers:
 
     def _stage(self, rank: Rank, message: Message) -> None:
         if rank.fails_to_stage:
-            rank.fails_to_stage = False
+            rank.fails_to_stage -= 1
             return
         checksums = [self._stage_piece(rank, piece) for piece in message.pieces]
         record = struct.pack(f"<{len(checksums)}I", *checksums)
