@@ -3,7 +3,7 @@
 # Other install options:   make install INSTALL_FLAGS="--device cpu"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test ui install test-fast test-slow lint clean
+.PHONY: help demo test ui install test-fast test-slow coverage lint clean
 export PYTHON
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make ui         the demo, left running with its page"
 	@echo "make test       lint, fast tests, then the tests on real vLLM processes"
 	@echo "make test-fast  lint and fast tests only          make test-slow  the long tests"
+	@echo "make coverage   branch coverage of the recovery and shadow code by simulated schedules and unit tests"
 	@echo "make install    only set up .venv                 make clean      remove .venv and every cache here"
 
 demo: install
@@ -30,6 +31,9 @@ test-slow: install
 	@for serving in v1-sync v2-sync v2-async; do \
 		scripts/test --serving $$serving tests/real/test_losses.py tests/real/test_ladder.py || exit 1; \
 	done
+
+coverage: install
+	@scripts/coverage
 
 lint: install
 	@scripts/lint

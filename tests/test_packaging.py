@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TARGETS = {"demo", "test", "ui", "install", "clean", "test-fast", "test-slow", "lint", "help"}
+TARGETS = {"demo", "test", "ui", "install", "clean", "test-fast", "test-slow", "coverage", "lint", "help"}
 FIRST_SCREEN_LINES = 40
 NOT_WANTED = {
     "torchaudio",
@@ -99,7 +99,8 @@ def test_ci_runs_the_readmes_test_command_and_then_the_demo(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "script", [".ci/run", "scripts/install", "scripts/lint", "scripts/test", "scripts/watchdog"]
+    "script",
+    [".ci/run", "scripts/coverage", "scripts/install", "scripts/lint", "scripts/test", "scripts/watchdog"],
 )
 def test_scripts_are_short_executable_and_have_no_syntax_error(script: str) -> None:
     path = ROOT / script

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import progress
+
+ROOT = Path(__file__).parents[1]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -102,3 +105,11 @@ def test_progress_tells_how_the_command_ended() -> None:
     assert subprocess.run([*argv, "bash", "-c", "exit 3"], timeout=20).returncode == 3
     assert subprocess.run([*argv, "bash", "-c", f"kill -{signal.SIGKILL:d} $$"], timeout=20).returncode == 137
     assert subprocess.run(argv, capture_output=True, timeout=20, env=os.environ).returncode == 1
+
+
+@pytest.mark.parametrize(("taken", "status"), [(95, 0), (94, 1)])
+def test_too_few_branches_taken_fail(taken: int, status: int) -> None:
+    report = json.dumps({"totals": {"covered_branches": taken, "num_branches": 100}})
+    argv = [sys.executable, ROOT / "scripts" / "branches.py", "95"]
+    done = subprocess.run(argv, input=report, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (status, f"{taken} of 100 branches were taken: {taken}.0 %\n")
