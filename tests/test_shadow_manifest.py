@@ -260,6 +260,17 @@ def test_a_full_pool_leaves_a_block_unprotected_and_counted() -> None:
     shadow.check()
 
 
+def test_a_block_reused_without_protection_is_not_marked_by_an_older_step() -> None:
+    """Two steps in flight: the first fills the block, in the second it is another request's, and no frame is free."""
+    shadow = manifest(frames=RANKS + 1)
+    first = shadow.plan(write(1, 0, SIZE))
+    assert shadow.plan(write(1, 0, 2)) is None
+    assert shadow.unprotected == {1: (0, False)}
+    commit(shadow, first)
+    assert shadow.unprotected == {1: (0, False)}, "slots that nobody wrote would be caught up"
+    shadow.check()
+
+
 def test_catching_up_protects_from_the_step_on() -> None:
     shadow = manifest()
     shadow.plan(write(5, 2, SIZE))

@@ -135,7 +135,9 @@ class Manifest:
         self.drop(write.block)
         entry = self._allocate(write.block, write.group)
         if entry is None:
-            self._generations[write.block] = self._generations.get(write.block, 0) + 1  # another's from here on
+            self._generations[write.block] = (
+                self._generations.get(write.block, 0) + 1
+            )  # another's from here on
             self._mark_unprotected(write.block, write.group, write.stop)
             return None
         return self._piece(entry, 0, write.stop)
