@@ -39,6 +39,7 @@ from ghostserve.recovery.machine import (
 from ghostserve.shadow import commit_rule, restore
 from ghostserve.shadow.restore import BlockRestore
 from ghostserve.shadow.unwritten import Unwritten
+from ghostserve.testing.simulation.choosing import choose
 from ghostserve.testing.simulation.cluster import Cluster, Violation
 from ghostserve.testing.simulation.contents import SLOT_BYTES
 from ghostserve.testing.simulation.setup import EXPORT_BLOCKS
@@ -254,13 +255,13 @@ class Recovery:
         needed, used = self.needed(coming)
         cluster.protection.hold()
         lost = self.machine.lost
-        plan = restore.decide(
-            cluster.protection.manifest, {block: slots for block, (_, slots) in needed.items()}, lost=lost
-        )
-        self._refused, self._adopted = set(plan.lost), []
+        slots = {block: count for block, (_, count) in needed.items()}
+        plan = restore.decide(cluster.protection.manifest, slots, lost=lost)
+        rebuilt, self._refused = choose(cluster, plan, coming, used)
+        self._adopted = []
         for rank in sorted(lost):
-            for first in range(0, len(plan.restored), EXPORT_BLOCKS):
-                batch = plan.restored[first : first + EXPORT_BLOCKS]
+            for first in range(0, len(rebuilt), EXPORT_BLOCKS):
+                batch = rebuilt[first : first + EXPORT_BLOCKS]
                 self.todo.append(lambda rank=rank, batch=batch: self._restore(rank, batch))  # type: ignore[misc]
         self.todo.append(lambda: self._end_kv(needed, used))
 

@@ -66,6 +66,13 @@ class Setup:
         return self.ranks * len(self.block_sizes)
 
     @property
+    def block_cost(self) -> float:
+        """What a block costs to rebuild, in tokens computed; 0: nothing is computed again by choice. Not drawn, so that
+        a seed stays the schedule it was.
+        """
+        return (0.0, 0.0, 2.0, 8.0)[self.events % 4]
+
+    @property
     def reserve(self) -> range:
         """Frames behind the budgeted ones, for survivors' exports."""
         return range(self.frames, self.frames + EXPORT_BLOCKS * (self.ranks - 1))
