@@ -87,10 +87,15 @@ class GhostConfig:
         10.0, "bound for survivors to leave a broken collective", metavar="SECONDS"
     )
     start_timeout: float = _option(
-        120.0, "bound for a replacement to start, regroup and load its weights", metavar="SECONDS"
+        120.0,
+        "bound for a replacement to start, regroup and load its weights; three times the longest start so far, "
+        "if that is less",
+        metavar="SECONDS",
     )
     restore_timeout: float = _option(
-        120.0, "bound for request state and KV to be restored", metavar="SECONDS"
+        120.0,
+        "bound for a replacement to get its KV memory; state and KV come back in messages of 20 s at most",
+        metavar="SECONDS",
     )
     standbys: int | None = _option(
         None,

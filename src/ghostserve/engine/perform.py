@@ -52,6 +52,8 @@ from ghostserve.types import Phase
 
 logger = logging.getLogger(__name__)
 
+QUICK_S = 20.0  # for each message that restores: some blocks, or the state
+
 
 class CannotReplace(GhostserveError):
     """A replacement would not be what was lost."""
@@ -223,7 +225,7 @@ class Performer:
     def _regroup(self) -> None:
         """Newcomers start, survivors wait for them at a new rendezvous, weights are loaded."""
         executor, lost, survivors = self._executor, self.lost, self._survivors()
-        ring, timeout_s = executor.ring, self._config.start_timeout
+        ring, timeout_s = executor.ring, executor.starter.bound_s
         now = executor.weights_now()
         if lost and (changed := weights_identity.what_changed(executor.weights, now)):
             raise CannotReplace(changed)
@@ -260,6 +262,7 @@ class Performer:
         ring.collect(survivors, timeout_s=timeout_s)
         executor.starter.met()
         executor.note_segments()
+        executor.starter.ready_after(monotonic_s() - started_s)
         executor.watch.replaced(lost)
         self._mark_start(lost, started_s)
 
@@ -319,13 +322,14 @@ class Performer:
             )
             executor.ring.ask("ghost_join", message, ranks=every, timeout_s=self._config.restore_timeout)
         rebuild = Rebuild(executor, lost=self.lost, epoch=self.epoch)
-        rebuild.roll_back(timeout_s=self._config.restore_timeout)
+        quick_s = min(self._config.restore_timeout, QUICK_S)
+        rebuild.roll_back(timeout_s=quick_s)
         self._mark(Phase.STATE)
         if with_kv:
             self.phase = Phase.KV
-            result = rebuild.restore_kv(timeout_s=self._config.restore_timeout)
+            result = rebuild.restore_kv(timeout_s=quick_s)
         else:
-            result = rebuild.recompute_half_collected(timeout_s=self._config.restore_timeout)
+            result = rebuild.recompute_half_collected(timeout_s=quick_s)
         if self._report is not None:
             self._report.add(result)
         self._mark(Phase.KV if with_kv else Phase.STATE)

@@ -14,12 +14,14 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.utils.torch_utils import set_torch_threads_for_runtime
 from vllm.v1.executor.multiproc_executor import WorkerProc, set_multiprocessing_worker_envs
 
+from ghostserve.clock import monotonic_s
 from ghostserve.engine.rendezvous import Meeting
 from ghostserve.engine.settings import Settings
 from ghostserve.engine.spawn import Place, StartedProcess, WorkerStart, fork_server, start_process
 from ghostserve.engine.standbys import Standbys
 
 HANDSHAKE_S = 60.0
+START_LEAST_S, START_FACTOR = 20.0, 3.0
 
 
 class Starter:
@@ -34,6 +36,7 @@ class Starter:
         self._context = fork_server(settings.preload_modules(executor.vllm_config))
         self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
         self._timeout_s = settings.config.start_timeout
+        self._took_s: float | None = None  # the longest start so far; the first one imports everything
         self.standbys = Standbys(self.start_standby, wanted=settings.standbys())
 
     def start_all(self) -> None:
@@ -48,9 +51,11 @@ class Starter:
         executor.leftovers.note(executor.rpc_broadcast_mq.buffer.shared_memory.name)
         self.meet()
         unready: list[Any] = []
+        began_s = monotonic_s()
         try:
             unready.extend(self.start_rank(rank, join_at=None) for rank in range(executor.world_size))
             executor.workers = WorkerProc.wait_for_ready(unready)
+            self.ready_after(monotonic_s() - began_s)
             set_torch_threads_for_runtime()
             executor.response_mqs = [worker.worker_response_mq for worker in executor.workers]
             for queue in (executor.rpc_broadcast_mq, *executor.response_mqs):
@@ -63,6 +68,17 @@ class Starter:
                     handle.death_writer = None
             executor._ensure_worker_termination([handle.proc for handle in unready])
             raise
+
+    def ready_after(self, took_s: float) -> None:
+        """A start that went well took so long, weights included."""
+        self._took_s = took_s if self._took_s is None else max(self._took_s, took_s)
+
+    @property
+    def bound_s(self) -> float:
+        """How long a replacement may take: some times what any took so far, at most `--start-timeout`."""
+        if self._took_s is None:
+            return self._timeout_s
+        return min(self._timeout_s, max(START_LEAST_S, START_FACTOR * self._took_s))
 
     def meet(self) -> None:
         """A new place to form the groups; whoever still waits at an older one is called off."""
