@@ -124,7 +124,7 @@ class GhostConfig:
     )
     evict_slow: bool = _option(False, "replace a worker that is slow, instead of only showing it")
     restore_cached_within: float = _option(
-        0.25,
+        0.1,
         "after a loss, how long open requests wait for KV that only the prefix cache holds, the latest used first; the "
         "rest is computed again when it is asked for. While nothing is served all of it is restored",
         metavar="SECONDS",
