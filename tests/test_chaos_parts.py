@@ -25,6 +25,7 @@ from ghostserve.testing.chaos_report import (
     as_text,
     violations,
 )
+from ghostserve.testing.chaos_run import answered
 from ghostserve.testing.client import StreamResult
 from ghostserve.testing.fault_plan import FaultPlan
 from ghostserve.testing.fault_runner import FaultRunner
@@ -274,3 +275,20 @@ def test_kinds_that_cannot_be_brought_about_are_left_out() -> None:
     assert FaultKind.STANDBY_DEAD not in chaos.kinds_of(None, standbys=False)
     assert FaultKind.STANDBY_DEAD in chaos.kinds_of(None, standbys=True)
     assert chaos.kinds_of("crash, hang", standbys=False) == (FaultKind.CRASH, FaultKind.HANG)
+
+
+@pytest.mark.parametrize(
+    ("plan", "recoveries", "expected"),
+    [
+        (FaultPlan().hang(rank=0), [], False),
+        (FaultPlan().hang(rank=0), [{"lost_ranks": []}], False),  # an exception's, from before
+        (FaultPlan().hang(rank=0), [{"lost_ranks": []}, {"lost_ranks": [0]}], True),
+        (FaultPlan().exception(rank=0), [], False),
+        (FaultPlan().exception(rank=0), [{"lost_ranks": []}], True),
+        (FaultPlan().keeper_crash(), [], True),
+    ],
+)
+def test_a_fault_is_answered_by_its_own_recovery(
+    plan: FaultPlan, recoveries: list[dict[str, Any]], expected: bool
+) -> None:
+    assert answered(plan.faults, recoveries) is expected
