@@ -16,7 +16,7 @@ from ghostserve.engine.executor import GhostExecutor
 from ghostserve.engine.in_flight import OpenStep
 from ghostserve.engine.monitor import Monitor
 from ghostserve.engine.perform import Performer
-from ghostserve.engine.ring import RankRaised, RanksDied
+from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.errors import EngineLost
 from ghostserve.recovery.step_times import StepSize
 
@@ -117,6 +117,13 @@ def test_a_request_that_came_during_the_last_attempt_ends(executor: Executor) ->
     executor.open_steps.append(step)
     with pytest.raises(EngineLost, match=REASON):
         GhostExecutor._complete(executor, step, sampled=True)  # type: ignore[arg-type]
+
+
+def test_an_eviction_is_told_to_the_machine_as_one(executor: Executor) -> None:
+    """Else it would count as a loss, and a slow server would end as one whose worker dies too often."""
+    evicted = executor.performer._event_of(RankSilent(frozenset({1}), "rank 1 is slow", evicted=True))
+    hung = executor.performer._event_of(RankSilent(frozenset({1}), "rank 1 hangs"))
+    assert (evicted.evicted, hung.evicted) == (True, False)
 
 
 class FreedRing(Ring):

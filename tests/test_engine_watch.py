@@ -11,11 +11,12 @@ import pytest
 
 from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage
 from ghostserve.arena.memfd import Segment
-from ghostserve.config import GhostConfig
+from ghostserve.config import EVICTIONS_MAX, GhostConfig
 from ghostserve.engine import watch as engine_watch
 from ghostserve.engine.in_flight import OpenStep
 from ghostserve.engine.ring import RankSilent
 from ghostserve.engine.watch import Watch
+from ghostserve.recovery.detector import Health
 from ghostserve.recovery.slow import SlowRank
 from ghostserve.recovery.step_times import StepSize
 
@@ -68,6 +69,29 @@ def test_a_newcomer_is_not_evicted_for_its_predecessor(watch: Watch, monkeypatch
     watch.look_for_slow()
     watch.replaced(frozenset({1}))
     watch.evict_slow()
+
+
+def test_who_is_slow_for_good_is_only_shown_in_the_end(
+    watch: Watch, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each successor on a slow core is slow as well: evicting them for ever would end a server that is only slow."""
+    monkeypatch.setattr(watch._slow, "look", lambda now_s, works: [SLOW])
+    evicted: list[RankSilent] = []
+    for _ in range(10 * EVICTIONS_MAX):
+        clock.now_s += 5.0
+        watch.look_for_slow()
+        try:
+            watch.evict_slow()
+        except RankSilent as failure:
+            evicted.append(failure)
+            watch.replaced(failure.ranks)
+    assert [(failure.ranks, failure.evicted) for failure in evicted] == EVICTIONS_MAX * [({1}, True)]
+    assert watch.health(1)[0] is Health.SLOW
+    assert len([record for record in caplog.records if "rank 1 stays, though slow" in record.message]) == 1
+    clock.now_s += GhostConfig().losses_window
+    watch.look_for_slow()
+    with pytest.raises(RankSilent):
+        watch.evict_slow()
 
 
 def wait_until_hung(watch: Watch, clock: Clock, step: OpenStep) -> float:

@@ -438,29 +438,40 @@ def test_scenario_text_is_reproduced_from_its_inputs_alone() -> None:
     )
 
 
+def lose_and_replace(
+    machine: m.RecoveryMachine, rank: int, now_s: float, *, evicted: bool = False
+) -> list[m.Action]:
+    """A loss while idle, and a recovery in which all goes well; its last actions."""
+    event = m.RanksLost(ranks=frozenset({rank}), reason="gone", epoch=machine.epoch, evicted=evicted)
+    actions = machine.handle(event, now_s)
+    while isinstance(actions[-1], m.Run):
+        run = actions[-1]
+        for phase in run.phases:
+            actions = machine.handle(m.PhaseDone(phase, run.epoch), now_s) or actions
+    machine.handle(m.StepAccepted(machine.epoch), now_s)
+    return actions
+
+
 def test_a_rank_that_dies_too_often_is_not_replaced_again() -> None:
     """Each recovery ends well, so attempts never run out; the rate does. Another rank has a rate of its own."""
-
-    def lose(rank: int, now_s: float) -> list[m.Action]:
-        event = m.RanksLost(ranks=frozenset({rank}), reason="killed by SIGKILL", epoch=machine.epoch)
-        actions = machine.handle(event, now_s)
-        while isinstance(actions[-1], m.Run):
-            run = actions[-1]
-            for phase in run.phases:
-                actions = machine.handle(m.PhaseDone(phase, run.epoch), now_s) or actions
-        return actions
-
     machine = m.RecoveryMachine(2, 1, max_attempts=3, loss_rate=LossRate(losses_max=3, window_s=60.0))
     for now_s in (0.0, 20.0, 40.0):
-        assert isinstance(lose(0, now_s)[-1], m.Resume)
-        machine.handle(m.StepAccepted(machine.epoch), now_s)
-    assert isinstance(lose(1, 41.0)[-1], m.Resume)
-    machine.handle(m.StepAccepted(machine.epoch), 41.0)
-    assert isinstance(lose(0, 61.0)[-1], m.Resume)  # the first one is forgotten
-    machine.handle(m.StepAccepted(machine.epoch), 61.0)
-    (given_up,) = lose(0, 62.0)
-    assert given_up == m.GiveUp("rank 0 was lost 4 times within 60 s: killed by SIGKILL")
+        assert isinstance(lose_and_replace(machine, 0, now_s)[-1], m.Resume)
+    assert isinstance(lose_and_replace(machine, 1, 41.0)[-1], m.Resume)
+    assert isinstance(lose_and_replace(machine, 0, 61.0)[-1], m.Resume)  # the first one is forgotten
+    (given_up,) = lose_and_replace(machine, 0, 62.0)
+    assert given_up == m.GiveUp("rank 0 was lost 4 times within 60 s: gone")
     machine.check()
+
+
+def test_a_rank_that_is_evicted_is_not_one_that_dies() -> None:
+    """The server works, though slowly: replacing a slow rank by choice must not be what ends it."""
+    machine = m.RecoveryMachine(2, 1, max_attempts=3, loss_rate=LossRate(losses_max=3, window_s=60.0))
+    for now_s in range(10):
+        assert isinstance(lose_and_replace(machine, 0, now_s, evicted=True)[-1], m.Resume)
+    for now_s in (11.0, 12.0, 13.0):
+        assert isinstance(lose_and_replace(machine, 0, now_s)[-1], m.Resume)
+    assert isinstance(lose_and_replace(machine, 0, 14.0)[-1], m.GiveUp), "those that died are still counted"
 
 
 if __name__ == "__main__":

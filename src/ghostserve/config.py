@@ -20,6 +20,7 @@ from ghostserve.errors import UsageError
 
 CONFIG_ENV = "GHOSTSERVE_CONFIG"
 STANDBYS_MAX = 16
+EVICTIONS_MAX = 3
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
@@ -122,7 +123,11 @@ class GhostConfig:
     slow_factor: float = _option(
         3.0, "a worker that takes K times as long as the others is shown as slow", metavar="K"
     )
-    evict_slow: bool = _option(False, "replace a worker that is slow, instead of only showing it")
+    evict_slow: bool = _option(
+        False,
+        f"replace a worker that is slow, instead of only showing it; at most {EVICTIONS_MAX} times within --losses-window, "
+        "then it is only shown. Does not count in --losses-max",
+    )
     restore_cached_within: float = _option(
         0.1,
         "after a loss, how long open requests wait for KV that only the prefix cache holds, the latest used first; the "

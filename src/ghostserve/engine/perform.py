@@ -147,7 +147,11 @@ class Performer:
             reason = failure.reason.splitlines()[0]
             return StepRaised(ranks=self._own_errors(), reason=reason, epoch=self.epoch)
         return RanksLost(
-            ranks=failure.ranks, reason=failure.reason, epoch=self.epoch, step_in_flight=in_flight
+            ranks=failure.ranks,
+            reason=failure.reason,
+            epoch=self.epoch,
+            step_in_flight=in_flight,
+            evicted=isinstance(failure, RankSilent) and failure.evicted,
         )
 
     def _own_errors(self) -> frozenset[int]:

@@ -43,13 +43,18 @@ class RankRaised(Exception):
 
 
 class RankSilent(Exception):
-    """Ranks did not answer within their deadline. `by_time`: only the time says so, and of who was to answer."""
+    """Ranks did not answer within their deadline. `by_time`: only the time says so, and of who was to answer.
+    `evicted`: they do answer, and are replaced for being slow.
+    """
 
-    def __init__(self, ranks: frozenset[int], reason: str, *, by_time: bool = False) -> None:
+    def __init__(
+        self, ranks: frozenset[int], reason: str, *, by_time: bool = False, evicted: bool = False
+    ) -> None:
         super().__init__(reason)
         self.ranks = ranks
         self.reason = reason
         self.by_time = by_time
+        self.evicted = evicted
 
 
 class Ring:

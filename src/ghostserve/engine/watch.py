@@ -13,6 +13,7 @@ from vllm import envs
 
 from ghostserve.arena.control import StampStatus
 from ghostserve.clock import monotonic_s
+from ghostserve.config import EVICTIONS_MAX
 from ghostserve.engine.in_flight import OpenStep
 from ghostserve.engine.process import is_stopped, starved_s
 from ghostserve.engine.ring import RankSilent
@@ -29,6 +30,7 @@ from ghostserve.recovery.detector import (
     laggards,
     reasons,
 )
+from ghostserve.recovery.loss_rate import Evictions
 from ghostserve.recovery.slow import SlowRank, SlowRanks, Work
 from ghostserve.recovery.step_times import StepSize, StepTimes
 
@@ -73,6 +75,8 @@ class Watch:
         self._slow_ranks: dict[int, SlowRank] = {}
         self._verdicts: dict[int, RankVerdict] = {}
         self._evict: RankSilent | None = None
+        self._evictions = Evictions(evictions_max=EVICTIONS_MAX, window_s=config.losses_window)
+        self._staying = ""  # who is slow and not replaced any more, in words
 
     # -- steps -----------------------------------------------------------------------------------------
 
@@ -115,9 +119,15 @@ class Watch:
 
     def evict_slow(self) -> None:
         """Between two waits: raises RankSilent for ranks that are slow, where they are to be evicted."""
-        if self._evict is not None:
-            failure, self._evict = self._evict, None
-            raise failure
+        failure, self._evict = self._evict, None
+        if failure is None:
+            return
+        decision = self._evictions.take(failure.ranks, monotonic_s())
+        if decision.reason and decision.reason != self._staying:
+            logger.warning("%s", decision.reason)
+        self._staying = decision.reason
+        if decision.choice:
+            raise RankSilent(decision.choice, failure.reason, evicted=True)
 
     def _work(self, step: OpenStep, awaits: int | None) -> OpenWork:
         stage, expected_s = self._times.expect(step.size)

@@ -64,6 +64,7 @@ class RanksLost:
     reason: str
     epoch: int
     step_in_flight: bool = False  # sticky: once True, a recovery ends with RetryStep or FailStep
+    evicted: bool = False  # alive and replaced by choice: `Evictions` counts that, not the loss rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +301,8 @@ class RecoveryMachine:
             self._in_flight = True
         if not fresh:
             return []
-        if self._loss_rate is not None and (too_often := self._loss_rate.add(fresh, now_s)) is not None:
+        rate = None if event.evicted else self._loss_rate
+        if rate is not None and (too_often := rate.add(fresh, now_s)) is not None:
             return self._give_up(f"{too_often}: {event.reason}")
         if self.state is State.HEALTHY and self._since_s is not None and now_s - self._since_s >= self.calm_s:
             self.attempts = 0
