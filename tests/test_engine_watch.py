@@ -94,6 +94,14 @@ def test_who_is_slow_for_good_is_only_shown_in_the_end(
         watch.evict_slow()
 
 
+def test_who_waits_for_a_peer_is_not_at_fault(watch: Watch) -> None:
+    """Outside of steps: neither answers, and rank 0 has announced one round more."""
+    watch._page.progress_words(0)[:] = (9, 0, 1)
+    watch._page.progress_words(1)[:] = (8, 0, 0)
+    assert watch.at_fault(frozenset({0, 1})) == {1}
+    assert watch.at_fault(frozenset({0})) == {0}
+
+
 def wait_until_hung(watch: Watch, clock: Clock, step: OpenStep) -> float:
     """For how long all ranks may do nothing."""
     began_s = clock.now_s

@@ -19,6 +19,7 @@ from ghostserve.recovery.detector import (
     exit_reason,
     laggards,
     reasons,
+    waited_for,
 )
 from ghostserve.recovery.slow import STEPS_MIN, WINDOW_S, SlowRanks, Work
 from ghostserve.recovery.step_times import StepSize, StepTimes
@@ -76,6 +77,23 @@ def states(verdicts: list[RankVerdict]) -> str:
 )
 def test_verdict(samples: tuple[RankSample, ...], waited_s: float, expected: str) -> None:
     assert states(judge(*samples, waited_s=waited_s)) == expected
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        pytest.param((WAITS, BEGUN), {1}, id="it waits for its peer"),
+        pytest.param((BEGUN, replace(BEGUN, waiting=True)), {0}, id="the one who does not wait"),
+        pytest.param((WAITS, BEGUN, BEHIND), {1, 2}, id="two are behind"),
+        pytest.param((BEGUN, BEGUN), {0}, id="nothing tells them apart"),
+        pytest.param((WAITS, WAITS), {0}, id="all wait"),
+        pytest.param((BEGUN,), {0}, id="one"),
+        pytest.param((), set(), id="nobody"),
+    ],
+)
+def test_who_is_waited_for(samples: tuple[RankSample, ...], expected: set[int]) -> None:
+    """By collectives alone: outside of steps nobody stamps."""
+    assert waited_for([replace(sample, rank=rank) for rank, sample in enumerate(samples)]) == expected
 
 
 def test_work_that_is_tried_again_gets_more_time() -> None:

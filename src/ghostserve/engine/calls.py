@@ -61,7 +61,8 @@ def _call(
             range(executor.world_size), gone=(), timeout_s=executor.settings.config.leave_timeout
         )
         if silent:
-            raise RankSilent(silent, f"ranks {sorted(silent)} do not answer") from None
+            guilty = executor.ring.at_fault(silent)
+            raise RankSilent(guilty, f"ranks {sorted(guilty)} do not answer") from None
         if isinstance(failure, RankSilent):
             raise TimeoutError(f"RPC call to {method} timed out: {failure.reason}") from None
         raise RuntimeError(f"Worker failed with error '{failure.reason}'") from None

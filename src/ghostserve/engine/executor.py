@@ -99,7 +99,7 @@ class GhostExecutor(MultiprocExecutor):
         self._newest: OpenStep | None = None  # may have been given up meanwhile
         self._step = 0
         self.watch = Watch(self)
-        self.ring.hung = self.watch.stopped
+        self.ring.hung, self.ring.at_fault = self.watch.stopped, self.watch.at_fault
         self.performer = Performer(self)
         self.monitor = Monitor(self)
         self.monitor.start()

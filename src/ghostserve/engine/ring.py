@@ -6,9 +6,10 @@ times per second, at what the processes and their stamps say, and ends with an e
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.connection
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 from vllm.v1.executor.multiproc_executor import WorkerProc, WorkerProcHandle
@@ -64,6 +65,8 @@ class Ring:
         self._executor = executor
         self._token = 0
         self.hung: Callable[[], frozenset[int]] = frozenset  # ranks whose process is stopped for too long
+        # Of ranks that do not answer: those who hold up the others.
+        self.at_fault: Callable[[frozenset[int]], frozenset[int]] = lambda silent: silent
         self._announced: dict[
             int, MessageQueue
         ] = {}  # by rank, where a large reply is on its way by the socket
@@ -114,7 +117,7 @@ class Ring:
         """
         while True:
             try:
-                status, result = self._next_reply(rank)
+                reply = self._next_reply(rank)
             except TimeoutError:
                 if died := self.dead() & frozenset(expect_alive):
                     raise RanksDied(died, _exits(died)) from None
@@ -127,12 +130,17 @@ class Ring:
                     reason = f"rank {rank} did not answer in time"
                     raise RankSilent(frozenset({rank}), reason, by_time=True) from None
                 continue
-            if status == SUCCESS and not isinstance(result, StepLeft):
-                return result
-            self._raise(rank, result.reason if isinstance(result, StepLeft) else str(result), expect_alive)
+            return self._result(rank, reply, expect_alive)
 
-    def _next_reply(self, rank: int) -> Any:
-        """What a rank sent next. Raises TimeoutError after `SLICE_S`, with nothing lost.
+    def _result(self, rank: int, reply: Any, expect_alive: Collection[int]) -> Any:
+        """What a reply says. Raises RanksDied or RankRaised."""
+        status, result = reply
+        if status != SUCCESS or isinstance(result, StepLeft):
+            self._raise(rank, result.reason if isinstance(result, StepLeft) else str(result), expect_alive)
+        return result
+
+    def _next_reply(self, rank: int, timeout_s: float = SLICE_S) -> Any:
+        """What a rank sent next. Raises TimeoutError after `timeout_s`, with nothing lost.
 
         vLLM announces a large reply in the ring and sends it by a socket afterwards: once the announcement was
         taken, the rest is what comes next of that queue, if its sender gets that far.
@@ -141,16 +149,16 @@ class Ring:
         if self._announced.get(rank) is not queue:
             announced_at = queue.current_idx
             try:
-                return queue.dequeue(timeout=SLICE_S)
+                return queue.dequeue(timeout=timeout_s)
             except TimeoutError:
                 if queue.current_idx == announced_at:
                     raise
                 self._announced[rank] = queue
-        reply = MessageQueue.recv(queue.local_socket, timeout=SLICE_S)
+        reply = MessageQueue.recv(queue.local_socket, timeout=timeout_s)
         del self._announced[rank]
         return reply
 
-    def _raise(self, rank: int, reason: str, expect_alive: Collection[int]) -> None:
+    def _raise(self, rank: int, reason: str, expect_alive: Collection[int]) -> NoReturn:
         """A rank raised: if a process died, that is the cause."""
         if died := self.wait_for_exit(EXIT_GRACE_S) & frozenset(expect_alive):
             raise RanksDied(died, _exits(died))
@@ -166,12 +174,42 @@ class Ring:
         return self.collect(ranks, timeout_s=timeout_s)
 
     def collect(self, ranks: Collection[int], *, timeout_s: float) -> dict[int, Any]:
-        """One reply of each of these ranks. Raises RanksDied, RankRaised or RankSilent."""
+        """One reply of each of these ranks. Raises RanksDied, RankRaised or RankSilent.
+
+        They may meet in collectives on the way: one that raises, or hangs, leaves the others waiting for it. So all of them
+        are looked at while the first is waited for, and at the end those are blamed who hold up the others.
+        """
         deadline_s = monotonic_s() + timeout_s
-        return {
-            rank: self.wait_for_reply(rank, deadline_s=deadline_s, failed=lambda: None, expect_alive=ranks)
-            for rank in ranks
-        }
+        answers: dict[int, Any] = {}
+        for rank in ranks:
+            if rank in answers:
+                continue
+            others = [other for other in ranks if other not in (rank, *answers)]
+            try:
+                answers[rank] = self.wait_for_reply(
+                    rank,
+                    deadline_s=deadline_s,
+                    failed=lambda: None,
+                    expect_alive=ranks,
+                    look=lambda others=others: self._take_early(others, answers, expect_alive=ranks),
+                )
+            except RankSilent as failure:
+                if not failure.by_time:
+                    raise
+                guilty = self.at_fault(frozenset(ranks) - answers.keys())
+                raise RankSilent(
+                    guilty, f"rank {_names(guilty)} did not answer in time", by_time=True
+                ) from None
+        return answers
+
+    def _take_early(
+        self, ranks: Collection[int], answers: dict[int, Any], *, expect_alive: Collection[int]
+    ) -> None:
+        """What has come of these ranks so far. Raises RanksDied or RankRaised."""
+        for rank in ranks:
+            if rank not in answers:
+                with contextlib.suppress(TimeoutError):
+                    answers[rank] = self._result(rank, self._next_reply(rank, timeout_s=0), expect_alive)
 
     def drain(self, ranks: Collection[int], *, gone: Collection[int], timeout_s: float) -> frozenset[int]:
         """Discard every reply sent before now. Returns the ranks that do not answer within `timeout_s`.

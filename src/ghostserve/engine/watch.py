@@ -29,6 +29,7 @@ from ghostserve.recovery.detector import (
     dead_ranks,
     laggards,
     reasons,
+    waited_for,
 )
 from ghostserve.recovery.loss_rate import Evictions
 from ghostserve.recovery.slow import SlowRank, SlowRanks, Work
@@ -159,6 +160,10 @@ class Watch:
             for worker in self._executor.workers
             if now_s - found.get(worker.proc.pid, now_s) > self._limits.floor_s
         )
+
+    def at_fault(self, silent: frozenset[int]) -> frozenset[int]:
+        """Of ranks that do not answer: those whom the others wait for, not who happens to be asked first."""
+        return waited_for([self._sample(rank) for rank in sorted(silent)])
 
     def look_for_slow(self) -> None:
         """A few times per second: who holds the others up, though alive."""

@@ -216,6 +216,19 @@ def laggards(samples: Sequence[RankSample], work: OpenWork) -> frozenset[int]:
     return frozenset(sample.rank for sample in open_ if _place(sample, work) == behind)
 
 
+def waited_for(samples: Sequence[RankSample]) -> frozenset[int]:
+    """Of ranks that owe an answer to anything but a step: those whom the others wait for in a collective. They met the fewest
+    rounds, and of these it is those that do not wait themselves.
+
+    Where nothing tells them apart it is the first: to be rid of one that is well costs its KV, and of the others those that
+    hang will not leave the group either.
+    """
+    behind = min((sample.met for sample in samples), default=0)
+    last = [sample for sample in samples if sample.met == behind]
+    found = [sample.rank for sample in [s for s in last if not s.waiting] or last]
+    return frozenset(found if len(found) < len(samples) else found[:1])
+
+
 def reasons(verdicts: Sequence[RankVerdict]) -> str:
     """One line for the log: what is said of each rank."""
     return "; ".join(f"rank {found.rank} {found.state.value}: {found.reason}" for found in verdicts)
