@@ -32,7 +32,7 @@ from ghostserve.engine.budget import REBUILD_BLOCKS, GuardLimits
 from ghostserve.engine.guard import Guard
 from ghostserve.engine.messages import ArenaGeometry
 from ghostserve.engine.rank_scrub import RankScrub
-from ghostserve.engine.ring import RankRaised, RanksDied
+from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.engine.scrub import Scrubber
 from ghostserve.shadow.keeper_messages import Geometry
 from ghostserve.shadow.keeper_work import KeeperWork
@@ -574,6 +574,23 @@ def test_a_rank_that_raises_leaves_no_reply_behind(monkeypatch: pytest.MonkeyPat
         assert all(finding["repaired"] for finding in world.findings())
         assert not world.recovered
         world.check()
+
+
+def test_a_rank_that_raises_while_a_block_is_refused_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its peers' answers would be taken for those to the next step, and its request state is neither old nor new."""
+
+    def refuse(self: Any, blocks: set[int], *, timeout_s: float) -> None:
+        raise RankRaised(1, "no memory")
+
+    with a_world(monkeypatch) as world:
+        world.ranks[1].flip(4)
+        world.frame(world.manifest.entries[4].parity[0])[5] ^= 1
+        monkeypatch.setattr(scrub_repair.Rebuild, "refuse", refuse)
+        world.rounds(2)
+        (failure, *_) = world.recovered
+        assert isinstance(failure, RankSilent)
+        assert failure.ranks == {1}
+        assert "did not take on the request state: no memory" in failure.reason
 
 
 def test_a_copy_that_fails_half_way_leaves_the_block_to_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,9 +114,17 @@ class ScrubRepair:
         return {rank: answers[rank] for rank in wrong}
 
     def _refuse(self, block: int) -> None:
-        """Rung 3 for the requests that use the block; the prefix cache forgets it."""
+        """Rung 3 for the requests that use the block; the prefix cache forgets it.
+
+        A rank that raises there holds neither the old request state nor the new one, and its peers' answers are on their way: it
+        is replaced, and the recovery discards them. Raises RanksDied or RankSilent.
+        """
         rebuild = Rebuild(self._executor, lost=frozenset(), epoch=self._executor.performer.epoch)
-        rebuild.refuse({block}, timeout_s=self._executor.settings.config.restore_timeout)
+        try:
+            rebuild.refuse({block}, timeout_s=self._executor.settings.config.restore_timeout)
+        except RankRaised as failure:
+            reason = f"rank {failure.rank} did not take on the request state: {failure.reason}"
+            raise RankSilent(frozenset({failure.rank}), reason) from None
 
     # -- frames ----------------------------------------------------------------------------------------
 
