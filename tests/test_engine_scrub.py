@@ -32,6 +32,7 @@ from ghostserve.engine.budget import REBUILD_BLOCKS, GuardLimits
 from ghostserve.engine.guard import Guard
 from ghostserve.engine.messages import ArenaGeometry
 from ghostserve.engine.rank_scrub import RankScrub
+from ghostserve.engine.rebuild import Rebuild, RebuildResult
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.engine.scrub import Scrubber
 from ghostserve.shadow.keeper_messages import Geometry
@@ -119,6 +120,7 @@ class World:
     jobs: deque[Any] = field(default_factory=deque)
     lock: Any = field(default_factory=threading.RLock)
     step_open: bool = False
+    view: Any = None
 
     def __post_init__(self) -> None:
         self.world_size = len(self.ranks)
@@ -371,6 +373,24 @@ def test_wrong_parity_or_mirror_in_idle_time(monkeypatch: pytest.MonkeyPatch, ki
         world.check()
         world.rounds()
         assert len(world.findings()) == 1, "and it stays right"
+
+
+def test_what_nobody_reads_is_not_compared_on_a_newcomer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead block that the manifest still knows is not restored: its KV there is anything, and no corruption."""
+    with a_world(monkeypatch) as world:
+        world.scheduler.needed_slots = lambda *_: ({}, {})
+        monkeypatch.setattr(Rebuild, "_unwritten", lambda _: None)
+        monkeypatch.setattr(Rebuild, "_restore_needed", lambda *_, **__: RebuildResult())
+        world.guard.protection.blocks = SimpleNamespace(  # type: ignore[union-attr]
+            is_live=lambda block: block != 3, is_cached=lambda _: True, cached_only=lambda: iter(())
+        )
+        world.ranks[1].flip(3)
+        Rebuild(world, lost=frozenset({1}), epoch=4).restore_kv(timeout_s=1.0)
+        world.rounds(2)
+        assert world.count("SCRUB_KV_MISMATCHES_TOTAL") == 0
+        world.ranks[1].flip(4)
+        world.rounds(2)
+        assert world.count("SCRUB_KV_MISMATCHES_TOTAL") == 1, "the others are compared"
 
 
 @pytest.mark.parametrize("compact", [True, False])

@@ -102,7 +102,10 @@ class Rebuild:
             return RebuildResult()
         needed, used = scheduler.needed_slots(self._executor.view, self._unwritten())
         with self._guard.held():
-            return self._restore_needed(needed, used, timeout_s=timeout_s)
+            result = self._restore_needed(needed, used, timeout_s=timeout_s)
+        # Blocks that nothing may read any more were not restored: on a newcomer they differ from what the manifest says.
+        self._guard.sweep()
+        return result
 
     def recompute_half_collected(self, *, timeout_s: float) -> RebuildResult:
         """Where no KV was lost: prompt log-probabilities collected so far went with the roll-back all the same."""
