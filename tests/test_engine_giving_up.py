@@ -102,6 +102,14 @@ def test_an_idle_give_up_keeps_its_reason(executor: Executor) -> None:
     assert executor.status.failed == f"gave up after 2 attempts: leave failed: {REASON}"
 
 
+def test_what_was_given_up_is_not_called_recovered(
+    executor: Executor, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor.monitor._repair_if_idle()
+    (line,) = [record.message for record in caplog.records if '"ok": false' in record.message]
+    assert line.startswith("not recovered: ")
+
+
 def test_a_request_that_came_during_the_last_attempt_ends(executor: Executor) -> None:
     """The monitor gives up while a request waits for its lock: its step must not be sent for ever."""
     executor.monitor._repair_if_idle()

@@ -123,10 +123,10 @@ class Performer:
                         return Outcome.RETRY
                     case FailStep(reason=reason):
                         logger.error("the step is given up, its requests get an error: %s", reason)
-                        self._close_report(ok=False)
+                        self._close_report(ok=False, end="recovered, less the requests of a step")
                         return Outcome.STEP_FAILED
                     case GiveUp(reason=reason):
-                        self._close_report(ok=False)
+                        self._close_report(ok=False, end="not recovered")
                         self._executor.give_up(reason)
                         raise EngineLost(reason)
         # Nothing to do: the loss was repaired before, and a step that it interrupted is sent again.
@@ -368,7 +368,7 @@ class Performer:
             self._report.clock.mark(phase, monotonic_s())
         self._executor.status.write()
 
-    def _close_report(self, *, ok: bool) -> None:
+    def _close_report(self, *, ok: bool, end: str = "recovered") -> None:
         report, self._report, self.phase = self._report, None, None
         self._executor.starter.standbys.calm()
         self._executor.monitor.noticed_at_s = None
@@ -379,5 +379,5 @@ class Performer:
         self.reports.append(finished)
         del self.reports[:-16]
         self._page.add(Counter.RECOVERIES_TOTAL)
-        logger.warning("recovered: %s", finished.to_json())
+        logger.warning("%s: %s", end, finished.to_json())
         self._executor.status.write()
