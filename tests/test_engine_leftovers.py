@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,29 @@ def test_out_of_descriptors_nobody_is_gone(directory: Path, monkeypatch: pytest.
         assert not engine.server_gone()
         leftovers.sweep()
     assert directory.is_dir()
+
+
+def test_a_server_in_another_container_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pid names nobody here, or somebody else; what tells that it runs is its lock, and that ends with it."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    program = (
+        "import time; from ghostserve.engine import leftovers; "
+        "leftovers._start_time = lambda pid: '1'; "  # as seen from a namespace of its own
+        "print(leftovers.make_run_directory(), flush=True); time.sleep(60)"
+    )
+    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        made = Path(server.stdout.readline().strip())
+        assert leftovers._owner_gone(made), "negative control: by its pid it has ended"
+        leftovers.sweep()
+        assert made.is_dir()
+        assert [found.name for found in tmp_path.iterdir()] == [made.name]
+    finally:
+        server.kill()
+        server.wait()
+    leftovers.sweep()
+    assert not made.exists()
 
 
 def test_who_is_stopped_is_ended_with_the_server() -> None:

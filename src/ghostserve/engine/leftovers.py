@@ -2,12 +2,14 @@
 
 Every server has a run directory, named by the pid and start time of its front process. vLLM's sockets
 live in it; named segments are noted in it with their owner. It is removed at the server's end,
-and swept at the next start by whoever finds its owner dead.
+and swept at the next start by whoever finds its owner dead: a pid says little to somebody in another container that shares
+the directory, so the front holds a lock in it, which the kernel lets go of when the process ends, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import multiprocessing
 import os
@@ -24,6 +26,7 @@ from typing import Any
 RUN_DIRECTORY_ENV = "GHOSTSERVE_RUN_DIRECTORY"
 _PREFIX = "ghostserve-"
 _SEGMENTS = "segments.jsonl"
+_LOCK = "lock"
 _SHM = Path("/dev/shm")
 _QUEUE = re.compile(r"psm_\w+")
 _QUEUES = re.compile(rf" {_SHM}/(psm_\S+)")
@@ -36,10 +39,13 @@ def run_root() -> Path:
 
 
 def make_run_directory() -> Path:
-    """A directory of this process's own, mode 0700; sweeps those of dead servers first."""
+    """A directory of this process's own, mode 0700, locked until it ends; sweeps those of dead servers first."""
     sweep()
     directory = run_root() / f"{_PREFIX}{os.getpid()}-{_start_time(os.getpid())}"
-    directory.mkdir(mode=0o700)
+    coming = directory.with_name(f".{directory.name}")  # nobody sweeps it before it is locked
+    coming.mkdir(mode=0o700)
+    _lock(coming)
+    coming.rename(directory)
     # Python's own sockets go there too, and its semaphores have its name; children inherit both.
     multiprocessing.current_process()._config.update(  # type: ignore[attr-defined]
         tempdir=str(directory), semprefix=f"/{directory.name}"
@@ -60,13 +66,34 @@ def sweep() -> None:
     """Remove what servers left whose front process is gone: in directories of ours, never through a link."""
     for directory in run_root().glob(f"{_PREFIX}*-*"):
         with contextlib.suppress(OSError):
-            if _is_ours(directory) and _owner_gone(directory):
+            if _is_ours(directory) and not _is_locked(directory) and _owner_gone(directory):
                 remove_run_directory(directory)
 
 
 def _is_ours(directory: Path) -> bool:
     status = directory.lstat()
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+
+
+def _lock(directory: Path) -> None:
+    """The descriptor stays open as long as this process lives."""
+    with contextlib.suppress(OSError):  # a file system without locks: pids have to do
+        fcntl.flock(os.open(directory / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)
+
+
+def _is_locked(directory: Path) -> bool:
+    """Whether the server that made it still runs, in whatever pid namespace. Raises OSError where nobody can tell."""
+    try:
+        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _owner_gone(directory: Path) -> bool:
