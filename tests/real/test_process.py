@@ -52,6 +52,18 @@ def test_refused_flags(flags: tuple[str, ...], says: str, capfd: pytest.CaptureF
     assert says in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_what_the_engine_core_refuses() -> None:
+    """How much host memory is needed is known once the KV cache has been laid out: the last line names value and remedy."""
+    done = ghostserve(
+        "serve", str(TINY), "--tensor-parallel-size", "2", "--enforce-eager", "--host-memory", "1"
+    )
+    assert done.returncode == 2, done.stderr[-800:]
+    last = done.stderr.splitlines()[-1]
+    assert "--host-memory 1 leaves no room" in last
+    assert "give at least" in last
+
+
 def test_a_refusal_as_a_process() -> None:
     done = ghostserve("serve", str(TINY), "--tensor-parallel-size", "2", "--worker-cls", "some.Worker")
     assert done.returncode == 2, done.stderr[-800:]

@@ -132,15 +132,17 @@ class GhostExecutor(MultiprocExecutor):
         self.leftovers.note_all([worker.proc.pid for worker in self.workers])
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
-        for config in kv_cache_configs:
-            refuse_unsupported_kv(config)
+        with self.status.refusal_told():
+            for config in kv_cache_configs:
+                refuse_unsupported_kv(config)
         self.kv_cache_configs = kv_cache_configs
         super().initialize_from_config(kv_cache_configs)
 
     def compile_or_warm_up_model(self) -> None:
         super().compile_or_warm_up_model()
         layouts = self.collective_rpc("ghost_layout")
-        geometry = self.session.guard.configure(layouts)
+        with self.status.refusal_told():
+            geometry = self.session.guard.configure(layouts)
         self.collective_rpc("ghost_map", args=(geometry,))
         self.status.start()
         self.starter.standbys.start(busy=lambda: self.performer.phase is not None)

@@ -39,6 +39,7 @@ from ghostserve.engine.interrupts import felt_at_once
 from ghostserve.engine.limits import refuse_arguments, refuse_other_servers, refuse_unsupported
 from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
 from ghostserve.engine.settings import Settings
+from ghostserve.engine.status import why_refused
 from ghostserve.errors import EngineLost, GhostserveError, StartError, UnsupportedError, UsageError
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 
@@ -158,6 +159,10 @@ def _share_cpus(ranks: int) -> str:
 
 
 def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: ControlPage | None) -> int:
+    """Serve until the end; the exit status.
+
+    Raises UsageError for what only the engine core could find wrong, StartError and EngineLost.
+    """
     server = _Server(arguments, config, mount, page)
     try:
         uvloop.run(server.run())
@@ -166,6 +171,8 @@ def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: Contr
     except Exception as error:
         if server.serving:
             raise
+        if page is not None and (refused := why_refused(page)) is not None:
+            raise UsageError(refused) from error
         raise StartError(f"the engine did not start: {error}; the log above has the cause") from error
     if server.interrupted:
         return 130

@@ -9,16 +9,24 @@ import contextlib
 import importlib.metadata
 import logging
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ghostserve
-from ghostserve.arena.control import Counter
+from ghostserve.arena.control import ControlPage, Counter
 from ghostserve.engine.process import start_time
+from ghostserve.errors import UsageError
 from ghostserve.types import RankState, ServerState
 
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.25
+
+
+def why_refused(page: ControlPage) -> str | None:
+    """What the engine core refused at its start, for the front process to say; None if it did not."""
+    failure: str | None = (page.read_state() or {}).get("failure")
+    return failure
 
 
 class StatusWriter:
@@ -41,6 +49,16 @@ class StatusWriter:
 
     def stop(self) -> None:
         self._stopping.set()
+
+    @contextlib.contextmanager
+    def refusal_told(self) -> Iterator[None]:
+        """At the start: what vLLM's front says of an error in here is only that there was one, so ours reads it off the page."""
+        try:
+            yield
+        except UsageError as error:
+            refused = {**self._fixed, "state": ServerState.FAILED.value, "failure": str(error)}
+            self._executor.session.page.write_state(refused)
+            raise
 
     def _run(self) -> None:
         while not self._stopping.wait(PERIOD_S):
