@@ -82,7 +82,7 @@ def executor() -> Iterator[Executor]:
         rpc_broadcast_mq=SimpleNamespace(current_idx=0),
         session=SimpleNamespace(page=page, lock=threading.RLock(), scheduler=SimpleNamespace(open=False)),
         settings=SimpleNamespace(config=GhostConfig(recovery_attempts=2)),
-        starter=SimpleNamespace(standbys=nothing, meeting=nothing),
+        starter=SimpleNamespace(standbys=nothing, meeting=nothing, bound_s=20.0),
         status=SimpleNamespace(failed=None, write=lambda: None),
         workers=[SimpleNamespace(proc=Process(), death_writer=None) for _ in range(2)],
         weights=(),

@@ -7,6 +7,7 @@ times per second, at what the processes and their stamps say, and ends with an e
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing.connection
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
@@ -191,7 +192,7 @@ class Ring:
                     deadline_s=deadline_s,
                     failed=lambda: None,
                     expect_alive=ranks,
-                    look=lambda others=others: self._take_early(others, answers, expect_alive=ranks),
+                    look=functools.partial(self._take_early, others, answers, expect_alive=ranks),
                 )
             except RankSilent as failure:
                 if not failure.by_time:
