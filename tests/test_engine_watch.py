@@ -15,6 +15,7 @@ from ghostserve.config import EVICTIONS_MAX, GhostConfig
 from ghostserve.engine import watch as engine_watch
 from ghostserve.engine.in_flight import OpenStep
 from ghostserve.engine.ring import RankSilent
+from ghostserve.engine.starvation import Starvation
 from ghostserve.engine.watch import Watch
 from ghostserve.recovery.detector import Health
 from ghostserve.recovery.slow import SlowRank
@@ -36,7 +37,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(engine_watch, "monotonic_s", clock)
-    monkeypatch.setattr(engine_watch, "starved_s", lambda pid: 0.0)
+    monkeypatch.setattr(Starvation, "look", lambda self, pid, threads: 0.0)
     return clock
 
 
@@ -92,6 +93,28 @@ def test_who_is_slow_for_good_is_only_shown_in_the_end(
     watch.look_for_slow()
     with pytest.raises(RankSilent):
         watch.evict_slow()
+
+
+def test_threads_are_looked_at_once_a_rank_is_late(
+    watch: Watch, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All threads but the main one are starved throughout: nobody is called hung, and a look in time stays cheap."""
+    asked: list[bool] = []
+
+    def look(self: Starvation, pid: int, *, threads: bool) -> float:
+        asked.append(threads)
+        return clock.now_s if threads else 0.0
+
+    monkeypatch.setattr(Starvation, "look", look)
+    step = OpenStep(
+        step=1, scheduler_output=None, sent=None, pieces=(), size=StepSize(tokens=8, context=0), sent_at_s=0.0
+    )
+    began_s = clock.now_s
+    while clock.now_s - began_s < 20:
+        clock.now_s += 0.05
+        watch.look(step)
+    assert not any(asked[:8])
+    assert all(asked[-8:])
 
 
 def test_who_waits_for_a_peer_is_not_at_fault(watch: Watch) -> None:

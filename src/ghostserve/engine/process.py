@@ -120,14 +120,6 @@ def is_stopped(pid: int) -> bool:
     return stat[stat.rindex(b")") + 2 :][:1] in (b"T", b"t")
 
 
-def starved_s(pid: int) -> float:
-    """How long the process's main thread was ready to run and had no processor, in all; 0 where Linux does not say."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
-
-
 def start_time(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat: with the pid it names a process for good."""
     try:

@@ -15,8 +15,9 @@ from ghostserve.arena.control import StampStatus
 from ghostserve.clock import monotonic_s
 from ghostserve.config import EVICTIONS_MAX
 from ghostserve.engine.in_flight import OpenStep
-from ghostserve.engine.process import is_stopped, starved_s
+from ghostserve.engine.process import is_stopped
 from ghostserve.engine.ring import RankSilent
+from ghostserve.engine.starvation import Starvation
 from ghostserve.recovery.costs import MeasuredCosts
 from ghostserve.recovery.detector import (
     Detector,
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 OWN_ABSENCE_S = 0.7  # the monitor looks every half second at least
 PATIENCE_GROWTH = 2.0  # RFC 6298, section 5.5
 LOOK_S = 0.015  # a look takes some 0.1 ms
+# From this share of --hang-timeout without progress on, all threads of a rank are looked at: that takes longer.
+THREADS_SHARE = 0.25
 
 
 def size_of(scheduler_output: Any) -> StepSize:
@@ -64,6 +67,9 @@ class Watch:
         )
         self._detector = Detector(self._limits)
         self._looked_at_s = 0.0
+        ranks = range(executor.world_size)
+        self._starved = [Starvation() for _ in ranks]  # as the detector sees it
+        self._starved_lately = [Starvation() for _ in ranks]  # as `look_for_slow` does, in its own thread
         self._times = StepTimes()
         self.costs = MeasuredCosts(
             times=self._times, chunk=executor.vllm_config.scheduler_config.max_num_batched_tokens
@@ -198,7 +204,7 @@ class Watch:
             in_steps_s=found.in_steps_s,
             waited_s=found.waited_s,
             steps=found.steps,
-            starved_s=starved_s(worker.proc.pid),
+            starved_s=self._starved_lately[worker.rank].look(worker.proc.pid, threads=True),
         )
 
     def _note(self, verdicts: list[RankVerdict]) -> None:
@@ -217,6 +223,7 @@ class Watch:
     def _sample(self, rank: int) -> RankSample:
         process, stamp = self._executor.workers[rank].proc, self._page.read_stamp(rank)
         progress = self._page.progress(rank)
+        late = self._detector.quiet_s(rank) > THREADS_SHARE * self._limits.floor_s
         return RankSample(
             rank=rank,
             exited=self._gone(rank),
@@ -228,5 +235,5 @@ class Watch:
             status=stamp.status.name.lower(),
             met=progress.met,
             waiting=progress.waiting,
-            starved_s=starved_s(process.pid),
+            starved_s=self._starved[rank].look(process.pid, threads=late),
         )
