@@ -262,7 +262,7 @@ def test_a_replacement_that_dies_while_starting(float32: Served, point: str) -> 
     assert float32.server.status()["ranks"][1]["pid"] not in report["lost_pids"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_fork_server_that_is_gone_or_stopped(float32: Served, signum: signal.Signals) -> None:
     """Its children go on; the next replacement is started by a new one."""
     ask = Ask(max_tokens=150)
