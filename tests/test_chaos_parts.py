@@ -15,7 +15,7 @@ from ghostserve.cli import main as cli
 from ghostserve.errors import UsageError
 from ghostserve.testing import chaos_load
 from ghostserve.testing.chaos_client import GAP_S_MIN, gaps_of
-from ghostserve.testing.chaos_faults import KEEPER_KINDS, Injection, choose
+from ghostserve.testing.chaos_faults import KEEPER_KINDS, Injection, choose, strikable
 from ghostserve.testing.chaos_report import (
     DESCRIPTORS_SLACK,
     Outcome,
@@ -292,3 +292,11 @@ def test_a_fault_is_answered_by_its_own_recovery(
     plan: FaultPlan, recoveries: list[dict[str, Any]], expected: bool
 ) -> None:
     assert answered(plan.faults, recoveries) is expected
+
+
+def test_a_keeper_that_has_just_suffered_is_left_alone() -> None:
+    """Also where nothing else is asked for: then nothing strikes for a while."""
+    kinds = [FaultKind.KEEPER_HANG, FaultKind.KEEPER_CRASH]
+    assert strikable(kinds, keeper_rested=True) == kinds
+    assert strikable(kinds, keeper_rested=False) == []
+    assert strikable([*kinds, FaultKind.SLOW], keeper_rested=False) == [FaultKind.SLOW]

@@ -43,14 +43,19 @@ def choose(
     ranks: int,
     keeper_rested: bool,
 ) -> Decision[Injection]:
-    """The next injection: of a kind that came up least so far, so that every run has all of them."""
-    possible = [kind for kind in kinds if keeper_rested or kind not in KEEPER_KINDS]
+    """The next injection: of a kind that came up least so far, so that every run has all of them. One must be strikable."""
+    possible = strikable(kinds, keeper_rested=keeper_rested)
     fewest = min(done.get(kind, 0) for kind in possible)
     kind = rng.choice([kind for kind in possible if done.get(kind, 0) == fewest])
     plan = _RECIPES[kind](rng, ranks)
     return Decision(
         choice=Injection(kind=kind, plan=plan), reason=f"{kind.value} came up {done.get(kind, 0)} times"
     )
+
+
+def strikable(kinds: Collection[FaultKind], *, keeper_rested: bool) -> list[FaultKind]:
+    """Those that may strike now; none, if only keepers are to suffer and one has just done so."""
+    return [kind for kind in kinds if keeper_rested or kind not in KEEPER_KINDS]
 
 
 def counted(plans: Collection[FaultPlan]) -> Counter[FaultKind]:

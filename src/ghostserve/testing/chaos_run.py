@@ -18,7 +18,7 @@ from typing import Any
 from ghostserve.arena.fault_kinds import KINDS, FaultKind
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import CheckFailed, EngineLost, GhostserveError
-from ghostserve.testing.chaos_faults import KEEPER_KINDS, KEEPER_REST_S, Injection, choose
+from ghostserve.testing.chaos_faults import KEEPER_KINDS, KEEPER_REST_S, Injection, choose, strikable
 from ghostserve.testing.chaos_load import Request
 from ghostserve.testing.chaos_processes import ClientProcess, OwnNames, resources
 from ghostserve.testing.chaos_report import Outcome, Resources, Tally
@@ -165,6 +165,8 @@ class Chaos:
             kinds = [
                 kind for kind in settings.kinds if kind is not FaultKind.STANDBY_DEAD or _has_standby(status)
             ]
+            if not strikable(kinds, keeper_rested=rested):
+                continue
             decision = choose(rng, done=done, kinds=kinds, ranks=len(status["ranks"]), keeper_rested=rested)
             injection = decision.choice
             if injection.kind in KEEPER_KINDS:
