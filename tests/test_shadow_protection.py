@@ -194,6 +194,19 @@ def test_giving_up_believes_nothing_any_more() -> None:
     assert shadow.plan(start("b", 2, scheduled=1)) == ()
 
 
+def test_once_nothing_is_open_it_begins_anew() -> None:
+    parts = Parts()
+    shadow = protection(parts)
+    accepted(shadow, parts, 1, start("a", 1, scheduled=2))
+    assert not shadow.start_again()  # it was not given up: what it knows stays
+    assert shadow.manifest.entries.keys() == {1}
+    shadow.give_up()
+    assert shadow.start_again()
+    accepted(shadow, parts, 2, start("b", 2, scheduled=2))
+    assert shadow.manifest.entries.keys() == {2}
+    shadow.check()
+
+
 def test_random_states_are_those_after_the_last_accepted_step() -> None:
     parts = Parts()
     shadow = protection(parts)

@@ -158,7 +158,7 @@ class Guard:
                 self._drought.step(self.page, self.protection.manifest.pool)
                 return self.protection.plan(increment_of(scheduler_output))
         except Exception:
-            logger.exception("the shadow could not plan a step: protection is off")
+            logger.exception("the shadow could not plan a step: protection is off until nothing is served")
             self.page.add(Counter.SHADOW_ERRORS_TOTAL)
             with self.lock:
                 self.protection.give_up()
@@ -237,6 +237,13 @@ class Guard:
         self.segments["pool"].punch(frames.start * size, len(frames) * size)
 
     # -- idle time -------------------------------------------------------------------------------------
+
+    def start_again(self) -> None:
+        """No request is open: protection that was given up for an error begins anew."""
+        if self.protection is not None:
+            with self.lock:
+                if self.protection.start_again():
+                    logger.warning("the shadow protects again what comes from here on")
 
     def sweep(self) -> None:
         """Give up every block that nothing may read any more; for idle time."""

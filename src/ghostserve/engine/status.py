@@ -65,6 +65,9 @@ class StatusWriter:
             try:
                 if not self._executor.open_steps:
                     self._executor.session.guard.sweep()
+                    scheduler = self._executor.session.scheduler
+                    if scheduler is not None and not scheduler.requests:
+                        self._executor.session.guard.start_again()
                 self._executor.watch.look_for_slow()
                 self.write()
             except Exception:

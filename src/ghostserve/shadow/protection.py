@@ -65,7 +65,7 @@ class Protection:
     """One engine core's. `blocks` is None until there is a scheduler."""
 
     manifest: Manifest
-    tables: BlockTables | None  # None: given up, nothing is planned any more
+    tables: BlockTables | None  # None: given up, nothing is planned until `start_again`
     staged: StagedRecords
     keeper: Keeper
     jobs_max: int  # encode jobs in flight
@@ -109,6 +109,14 @@ class Protection:
         """What a step overwrites is not known: nothing that is mirrored may be believed from now on."""
         self.tables = None
         self.manifest.drop_all()
+
+    def start_again(self) -> bool:
+        """No request is open, so that whatever comes is known from its beginning. Whether it had been given up."""
+        if self.tables is not None:
+            return False
+        self.tables = BlockTables(self.manifest.block_sizes)
+        self._leaving.clear()
+        return True
 
     def withdraw(self, pieces: Iterable[Piece], blocks: Iterable[int]) -> None:
         """A step will not run: forget what it planned, and the blocks that it was to write, protected or not.
