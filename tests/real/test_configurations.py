@@ -153,12 +153,11 @@ def test_bfloat16_chunked_prefill(bfloat16: Served, rank: int) -> None:
             "moe", ("--enforce-eager", "--parity-shards", "3"), "v1-sync", marks=pytest.mark.slow, id="moe"
         ),
         # Several KV cache groups: their blocks differ in size and in what leaves a window.
-        pytest.param("hybrid-kv", ("--enforce-eager",), "v1-async", id="hybrid-kv"),
         *(
             pytest.param(
                 "hybrid-kv", ("--enforce-eager",), how, marks=pytest.mark.slow, id=f"hybrid-kv-{how}"
             )
-            for how in ("v1-sync", "v2-sync", "v2-async")
+            for how in ("v1-sync", "v1-async", "v2-sync", "v2-async")
         ),
     ],
 )

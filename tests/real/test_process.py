@@ -90,6 +90,7 @@ def test_a_bad_configuration_file(
     assert says in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_starting(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         command = kit.ghostserve_command(TINY, "--enforce-eager", "--kv-cache-memory-bytes", "268435456")
@@ -189,6 +190,7 @@ def test_sigterm_in_the_middle_of_a_recovery(tmp_path: Path) -> None:
         server.stop()
 
 
+@pytest.mark.slow
 def test_kernels_are_registered_once() -> None:
     """vLLM's CPU platform looks through every module each time, 0.4 s; a forked replacement has them already."""
     script = """
