@@ -73,13 +73,18 @@ LONG_PROMPT = Ask(prompt=(PROMPTS["json-dump"] + "\n") * 35, max_tokens=40)
 LONG_SEEDED = Ask(prompt=(PROMPTS["json-dump"] + "\n") * 35, max_tokens=40, temperature=0.8, seed=5)
 
 
+def _client() -> httpx.Client:
+    """No connection is kept: a server's references outlive it, and a socket that nobody closes fails a later test."""
+    return httpx.Client(timeout=30.0, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+
+
 @dataclass(slots=True)
 class Served:
     """A running server and the references taken on it."""
 
     server: ServerProcess
     references: dict[Ask, StreamResult] = field(default_factory=dict)
-    _http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30.0, trust_env=False))
+    _http: httpx.Client = field(default_factory=_client)
 
     # -- requests --------------------------------------------------------------------------------------
 
