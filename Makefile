@@ -24,7 +24,7 @@ test: test-fast
 	@scripts/test -m "(real or long) and not slow"
 
 test-fast: lint
-	@scripts/test -m "not real and not long and not slow"
+	@scripts/test -n 2 --dist loadfile --ignore tests/real -m "not real and not long and not slow"
 
 test-slow: install
 	@scripts/test -m slow

@@ -7,6 +7,7 @@ long (a server starts), a line on the terminal says which one is running.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -71,9 +72,11 @@ def sign_of_life(what: str, descriptor: int, silence_max_s: float = SILENCE_MAX_
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """Importing torch takes its time."""
+    """Importing torch takes its time. What it left is here to stay: a garbage collection need not walk it again."""
     with sign_of_life("collecting tests", session.config.stash[TERMINAL]):
-        return (yield)
+        collected = yield
+    gc.freeze()
+    return collected
 
 
 @pytest.hookimpl(wrapper=True)

@@ -50,6 +50,7 @@ def judge(mistake: Mistake, found: Found | None, seeds: int) -> None:
     assert run_quietly(found.seed).violation is None, "and it is the mistake that was found"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mistake", SOON, ids=lambda mistake: mistake.name)
 def test_a_planted_mistake_is_found_soon(mistake: Mistake) -> None:
     judge(mistake, search(mistake.name, range(QUICK_SEEDS)), QUICK_SEEDS)
