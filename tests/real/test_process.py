@@ -16,6 +16,7 @@ import pytest
 
 from ghostserve.cli import main as cli
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.testing.server import ServerProcess
 from real import families, kit
 from real.kit import TINY, Ask, Hurt
 
@@ -127,6 +128,13 @@ def test_a_port_that_is_taken() -> None:
     assert port in done.stderr.splitlines()[-1]
 
 
+def assert_nothing_left(server: ServerProcess) -> None:
+    """Of a server that has ended."""
+    leaks = server.leaks(settle_s=10)
+    assert not leaks.processes
+    assert not leaks.shared_memory
+
+
 def test_a_loss_that_cannot_be_repaired(tmp_path: Path) -> None:
     """The weights are gone when a replacement needs them: clients get an error, the process exits 4, soon."""
     model = tmp_path / "model"
@@ -155,9 +163,7 @@ def test_a_loss_that_cannot_be_repaired(tmp_path: Path) -> None:
         result = served.run(Ask(max_tokens=1500), on_token=Hurt(20, ruin), timeout_s=120)
         assert result.error is not None
         assert server.wait_exit(timeout_s=60) == 4, server.log_tail()
-        leaks = server.leaks(settle_s=10)
-        assert not leaks.processes
-        assert not leaks.shared_memory
+        assert_nothing_left(server)
     finally:
         server.stop()
 
@@ -183,9 +189,7 @@ def test_sigterm_in_the_middle_of_a_recovery(tmp_path: Path) -> None:
         thread.join(40)
         assert result.error is not None
         assert codes == [0], server.log_tail()
-        leaks = server.leaks(settle_s=10)
-        assert not leaks.processes
-        assert not leaks.shared_memory
+        assert_nothing_left(server)
     finally:
         server.stop()
 

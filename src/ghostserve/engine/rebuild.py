@@ -19,7 +19,7 @@ from ghostserve.engine.in_flight import unwritten, without
 from ghostserve.engine.messages import RestoreReport, StateMessage
 from ghostserve.engine.random_state import RandomState
 from ghostserve.engine.request_state import stuck_in_prompt_logprobs
-from ghostserve.recovery.plan import RecoveryPlan
+from ghostserve.recovery.plan import RecoveryPlan, needed_by_others
 from ghostserve.recovery.plan import plan as choose
 from ghostserve.shadow.restore import decide, restores
 from ghostserve.shadow.unwritten import Unwritten
@@ -100,9 +100,10 @@ class Rebuild:
         scheduler = self._session.scheduler
         if scheduler is None or self._page.get_switch(Switch.SKIP_RESTORE):
             return RebuildResult()
-        needed, used = scheduler.needed_slots(self._executor.view, self._unwritten())
+        coming = self._unwritten()
+        needed, used = scheduler.needed_slots(self._executor.view, coming)
         with self._guard.held():
-            result = self._restore_needed(needed, used, timeout_s=timeout_s)
+            result = self._restore_needed(needed, used, coming, timeout_s=timeout_s)
         # Blocks that nothing may read any more were not restored: on a newcomer they differ from what the manifest says.
         self._guard.sweep()
         return result
@@ -126,7 +127,12 @@ class Rebuild:
         )
 
     def _restore_needed(
-        self, needed: dict[int, tuple[int, int]], used: dict[str, set[int]], *, timeout_s: float
+        self,
+        needed: dict[int, tuple[int, int]],
+        used: dict[str, set[int]],
+        coming: Unwritten,
+        *,
+        timeout_s: float,
     ) -> RebuildResult:
         with self._guard.lock:
             plan = decide(
@@ -139,7 +145,8 @@ class Rebuild:
             logger.warning("block %d cannot be rebuilt: %s", block, reason)
         in_use = set().union(*used.values())
         costs = self._executor.watch.costs
-        chosen = self._choose([block for block in plan.restored if block in in_use], plan.lost.keys(), used)
+        restorable = [block for block in plan.restored if block in in_use]
+        chosen = self._choose(restorable, plan.lost.keys(), used, coming)
         began_s = monotonic_s()
         result, refused = self._restore_blocks(chosen.rebuilt, timeout_s=timeout_s)
         costs.learn_restore(len(chosen.rebuilt) * len(self._lost), monotonic_s() - began_s)
@@ -153,20 +160,17 @@ class Rebuild:
         return self._recompute(gone, used, result, timeout_s=timeout_s)
 
     def _choose(
-        self, restorable: Sequence[int], lost: Collection[int], used: dict[str, set[int]]
+        self, restorable: Sequence[int], lost: Collection[int], used: dict[str, set[int]], coming: Unwritten
     ) -> RecoveryPlan:
         """What of it is worth rebuilding."""
-        contexts = self._session.scheduler.contexts(self._unwritten())
-        own = {context.request: context.blocks for context in contexts}
-        others: set[int] = set()  # of who is named by a step in flight only
-        others.update(*(blocks - own.get(name, set()) for name, blocks in used.items()))
+        contexts = self._session.scheduler.contexts(coming)
         costs = self._executor.watch.costs
         by_choice = self._executor.settings.config.recovery_plan == "fastest" and costs.known
         chosen = choose(
             contexts,
             restorable,
             lost,
-            others=others,
+            others=needed_by_others(contexts, used),
             prefix_cache=bool(self._executor.vllm_config.cache_config.enable_prefix_caching),
             costs=costs if by_choice else None,
         )

@@ -132,19 +132,21 @@ EXPORT uint32_t ghostserve_crc32(uint32_t crc, const uint8_t *p, size_t n) {
 
 #define UNITS(BYTES)                                                                                                   \
     case BYTES:                                                                                                        \
-        for (int64_t i = 0; i < run->count; i++, out += BYTES, from += run->step) memcpy(out, from, BYTES);            \
+        for (int64_t i = 0; i < count; i++, to += to_step ? to_step : BYTES, from += from_step ? from_step : BYTES)    \
+            memcpy(to, from, BYTES);                                                                                   \
         break
 
-static uint8_t *copy_run(uint8_t *out, const uint8_t *from, const struct run *run) {
-    switch (run->bytes) { /* vLLM keeps the keys of a CPU by dimension: a slot's are single elements */
+/* `count` units of `bytes` bytes, so many bytes apart there and here; 0, and known when this is compiled: packed. */
+static inline __attribute__((always_inline)) void copy_units(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t from_step, int64_t count, int64_t bytes) {
+    switch (bytes) { /* vLLM keeps the keys of a CPU by dimension: a slot's are single elements */
     UNITS(1);
     UNITS(2);
     UNITS(4);
     UNITS(8);
     default:
-        for (int64_t i = 0; i < run->count; i++, out += run->bytes, from += run->step) memcpy(out, from, (size_t)run->bytes);
+        for (int64_t i = 0; i < count; i++, to += to_step ? to_step : bytes, from += from_step ? from_step : bytes)
+            memcpy(to, from, (size_t)bytes);
     }
-    return out;
 }
 
 static void gather(const struct mirror *m, const struct slots *s, uint32_t block, uint32_t start, uint32_t stop, uint8_t *out) {
@@ -152,7 +154,9 @@ static void gather(const struct mirror *m, const struct slots *s, uint32_t block
         const int64_t *offsets = s->offsets + (size_t)slot * s->run_count;
         for (uint64_t r = 0; r < s->run_count; r++) {
             const struct run *run = &s->runs[r];
-            out = copy_run(out, m->kv + offsets[r] + (int64_t)block * run->stride, run);
+            const uint8_t *kv = m->kv + offsets[r] + (int64_t)block * run->stride;
+            copy_units(out, 0, kv, run->step, run->count, run->bytes);
+            out += run->count * run->bytes;
         }
     }
 }
@@ -198,23 +202,6 @@ EXPORT size_t ghostserve_stage(const struct mirror *m, const uint32_t *pieces, s
 
 /* ---- whole blocks, after a loss ----------------------------------------------------------------------------------------- */
 
-#define UNITS_BACK(BYTES)                                                                                              \
-    case BYTES:                                                                                                        \
-        for (int64_t i = 0; i < run->count; i++, log += BYTES, to += run->step) memcpy(to, log, BYTES);                \
-        break
-
-static const uint8_t *write_run(uint8_t *to, const uint8_t *log, const struct run *run) {
-    switch (run->bytes) {
-    UNITS_BACK(1);
-    UNITS_BACK(2);
-    UNITS_BACK(4);
-    UNITS_BACK(8);
-    default:
-        for (int64_t i = 0; i < run->count; i++, log += run->bytes, to += run->step) memcpy(to, log, (size_t)run->bytes);
-    }
-    return log;
-}
-
 static const struct slots *within(const struct mirror *m, uint32_t block, uint32_t group, uint32_t slots) {
     if (group >= m->group_count || block >= m->block_count || slots > m->groups[group].block_size) return NULL;
     return &m->groups[group];
@@ -234,7 +221,9 @@ EXPORT int ghostserve_scatter(const struct mirror *m, uint32_t block, uint32_t g
         const int64_t *offsets = s->offsets + (size_t)slot * s->run_count;
         for (uint64_t r = 0; r < s->run_count; r++) {
             const struct run *run = &s->runs[r];
-            log = write_run(m->kv + offsets[r] + (int64_t)block * run->stride, log, run);
+            uint8_t *kv = m->kv + offsets[r] + (int64_t)block * run->stride;
+            copy_units(kv, run->step, log, 0, run->count, run->bytes);
+            log += run->count * run->bytes;
         }
     }
     return s != NULL;

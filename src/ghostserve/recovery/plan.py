@@ -57,6 +57,12 @@ class Context:
         return min((at for block, at in self.placed() if block in blocks), default=self.tokens)
 
 
+def needed_by_others(contexts: Iterable[Context], used: Mapping[str, set[int]]) -> set[int]:
+    """Of the blocks that each request uses, those that are not in its context: a step in flight still names them."""
+    own = {context.request: context.blocks for context in contexts}
+    return set[int]().union(*(blocks - own.get(name, set()) for name, blocks in used.items()))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryPlan:
     """`rebuilt`: blocks, in the order given. `left`: block -> why it is not rebuilt though it could be.

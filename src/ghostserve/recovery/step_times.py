@@ -6,6 +6,7 @@ keeps a smoothed mean and mean deviation, as TCP does for round trips (RFC 6298)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ghostserve.recovery.detector import Stage
@@ -58,18 +59,20 @@ class StepTimes:
         One of a class that was not seen: as long as any seen one would take if its time grew with the tokens and
         with the context, whichever says least. Nothing was seen: 0.
         """
-        known = self._times.get(size.kind)
-        if known is not None:
-            return Stage.STEP, known.expected_s
-        guesses = [times.expected_s * _growth(times.size, size) for times in self._times.values()]
-        return (Stage.UNSEEN, min(guesses)) if guesses else (Stage.FIRST_STEP, 0.0)
+        expected_s = self._estimate(size, lambda times: times.expected_s)
+        if expected_s is None:
+            return Stage.FIRST_STEP, 0.0
+        return (Stage.STEP if size.kind in self._times else Stage.UNSEEN), expected_s
 
     def mean_s(self, size: StepSize) -> float | None:
         """What a step of that size takes on average; guessed from others as in `expect`. None: nothing was seen."""
+        return self._estimate(size, lambda times: times.mean_s)
+
+    def _estimate(self, size: StepSize, seconds: Callable[[_Times], float]) -> float | None:
         known = self._times.get(size.kind)
         if known is not None:
-            return known.mean_s
-        guesses = (times.mean_s * _growth(times.size, size) for times in self._times.values())
+            return seconds(known)
+        guesses = (seconds(times) * _growth(times.size, size) for times in self._times.values())
         return min(guesses, default=None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ghostserve.recovery.plan import Context, plan
+from ghostserve.recovery.plan import Context, needed_by_others, plan
 from ghostserve.shadow.restore import RestorePlan
 from ghostserve.shadow.unwritten import Unwritten
 from ghostserve.testing.simulation.cluster import Cluster
@@ -36,15 +36,12 @@ def choose(
         )
         for request in cluster.scheduler.running
     ]
-    own = {context.request: context.blocks for context in contexts}
-    others: set[int] = set()
-    others.update(*(blocks - own.get(name, set()) for name, blocks in used.items()))
     in_use = set().union(*used.values())
     chosen = plan(
         contexts,
         [block for block in found.restored if block in in_use],
         found.lost.keys(),
-        others=others,
+        others=needed_by_others(contexts, used),
         costs=TokenCosts(cluster.setup.block_cost) if cluster.setup.block_cost else None,
     )
     cluster.counts["requests recomputed by choice"] += len(chosen.by_choice)
