@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import pytest
 from ghostserve.arena.fault_kinds import FaultKind
 from ghostserve.cli import chaos
 from ghostserve.cli import main as cli
-from ghostserve.errors import UsageError
+from ghostserve.errors import GhostserveError, UsageError
 from ghostserve.testing import chaos_load
 from ghostserve.testing.chaos_client import GAP_S_MIN, gaps_of
 from ghostserve.testing.chaos_faults import KEEPER_KINDS, Injection, choose, strikable
+from ghostserve.testing.chaos_processes import ClientProcess
 from ghostserve.testing.chaos_report import (
     DESCRIPTORS_SLACK,
     Outcome,
@@ -252,6 +254,24 @@ def test_what_stays_is_a_violation() -> None:
 def test_bad_options_are_named(capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         chaos.parse(argv)
+
+
+def test_a_plan_that_cannot_strike_is_told_before_a_server_starts(tmp_path: Path) -> None:
+    plan = FaultPlan().crash(rank=1).at_token(20).then.crash(rank=0).in_recovery("weights")
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml())
+    with pytest.raises(UsageError, match="rank 0 is a survivor by then"):
+        chaos.parse(["--plan", str(tmp_path / "plan.yaml")])
+
+
+def test_clients_that_end_are_not_waited_for() -> None:
+    """Here for an address that is none; nothing else would tell of it."""
+    clients = ClientProcess({"url": "nowhere", "plan": FaultPlan().crash(rank=0).to_dict(), "streams": 0})
+    try:
+        with pytest.raises(GhostserveError, match="has ended"):
+            clients.next_event(timeout_s=30)
+        clients.tell({"do": "stop"})
+    finally:
+        clients.close()
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

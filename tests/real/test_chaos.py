@@ -38,7 +38,7 @@ def test_a_plan_from_a_file(tmp_path: Path) -> None:
         FaultPlan()
         .crash(rank=1)
         .at_token(20)
-        .then.crash(rank=0)
+        .then.crash(rank=1)
         .in_recovery("weights")
         .keeper_crash()
         .at_token(40)

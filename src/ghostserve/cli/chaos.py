@@ -26,6 +26,7 @@ from ghostserve.testing.chaos_processes import OwnNames, left_behind
 from ghostserve.testing.chaos_report import as_document, as_text
 from ghostserve.testing.chaos_run import Chaos, Settings
 from ghostserve.testing.fault_plan import FaultPlan
+from ghostserve.testing.fault_runner import demand_possible
 from ghostserve.testing.server import ServerProcess, ghostserve_command
 
 EXIT_VIOLATION = 1
@@ -99,6 +100,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         kinds_of(options.kinds, standbys=True)  # a wrong one is told before a server is started
     if options.serve and options.serve[0].startswith("-"):
         raise UsageError(f"{options.serve[0]}: flags for the server follow its MODEL")
+    if options.plan is not None:
+        options.plan = FaultPlan.from_file(options.plan)
+        demand_possible(options.plan)
     if options.minutes is None and options.faults is None and options.plan is None:
         options.faults = DEFAULT_FAULTS
     if options.seed is None:
@@ -125,7 +129,6 @@ def kinds_of(text: str | None, *, standbys: bool) -> tuple[FaultKind, ...]:
 def main(argv: Sequence[str]) -> int:
     """Run the verb; raises GhostserveError. Exit 0 only without a violation."""
     options = parse(argv)
-    plan = None if options.plan is None else FaultPlan.from_file(options.plan)
     out = sys.stderr if options.json else sys.stdout
 
     def say(text: str) -> None:
@@ -163,7 +166,7 @@ def main(argv: Sequence[str]) -> int:
                 kinds=kinds_of(options.kinds, standbys=standbys),
                 faults_wanted=options.faults,
                 seconds=None if options.minutes is None else 60 * options.minutes,
-                plan=plan,
+                plan=options.plan,
             ),
             say=say,
         )

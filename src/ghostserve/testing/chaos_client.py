@@ -49,9 +49,10 @@ class Clients:
         self._leaving = 0  # streams that are to go away at their next token
         self._wake = threading.Condition()
         self._out = threading.Lock()
-        self._runner: FaultRunner | None = None
+        self._planned: FaultRunner | None = None
+        self._runner: FaultRunner | None = None  # the same, while the faults of the plan may strike
         if config.get("plan"):
-            self._runner = FaultRunner(AdminClient(config["url"]), FaultPlan.from_dict(config["plan"]))
+            self._planned = FaultRunner(AdminClient(config["url"]), FaultPlan.from_dict(config["plan"]))
         for stream in range(config["streams"]):
             threading.Thread(target=self._work, args=(stream,), daemon=True).start()
 
@@ -63,6 +64,7 @@ class Clients:
                     self._order, self._salt = deque(command["order"]), command["salt"]
                 case "loop":
                     self._looping, self._salt = True, command["salt"]
+                    self._runner = self._planned
                 case "leave":
                     self._leaving += 1
                 case "stop":
@@ -73,8 +75,9 @@ class Clients:
         if command["do"] in ("once", "stop"):
             self._wait_idle()
             self._leaving = 0
-            if command["do"] == "stop" and self._runner is not None:
+            if self._runner is not None:
                 self._say(event="performed", kinds=[item.fault.kind.value for item in self._runner.performed])
+                self._runner = None
             self._say(event="idle")
 
     # -- private ---------------------------------------------------------------------------------------

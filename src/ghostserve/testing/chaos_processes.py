@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.errors import GhostserveError
 from ghostserve.testing.chaos_report import Resources
 from ghostserve.testing.leaks import SHARED_MEMORY_DIR, family_of
 from ghostserve.testing.server import ServerProcess
@@ -34,15 +35,27 @@ class ClientProcess:
             start_new_session=True,
         )
         self.decoding: set[int] = set()  # streams in mid-answer
-        self.events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()  # None: the process has ended
         self.tell(config)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def tell(self, command: dict[str, Any]) -> None:
+        """Have them do something. If they have ended, `next_event` says so."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+
+    def next_event(self, *, timeout_s: float = 0.0) -> dict[str, Any] | None:
+        """What they said next; None if that is nothing within the time. Raises GhostserveError if they have ended."""
+        try:
+            event = self._events.get(timeout=timeout_s) if timeout_s else self._events.get_nowait()
+        except queue.Empty:
+            return None
+        if event is None:
+            raise GhostserveError("the process of the clients has ended; what it wrote last says why")
+        return event
 
     def close(self) -> None:
         self._process.kill()
@@ -62,7 +75,8 @@ class ClientProcess:
                 continue
             if event["event"] == "end":
                 self.decoding.discard(event["stream"])
-            self.events.put(event)
+            self._events.put(event)
+        self._events.put(None)
 
 
 class OwnNames:

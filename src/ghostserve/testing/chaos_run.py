@@ -7,8 +7,6 @@ It decides nothing about what comes next (`chaos_faults`) or what is a violation
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -121,10 +119,9 @@ class Chaos:
         clients.tell(command)
         found: list[dict[str, Any]] = []
         while True:
-            try:
-                event = clients.events.get(timeout=ANSWER_TIMEOUT_S)
-            except queue.Empty:
-                raise CheckFailed(f"no answer came for {ANSWER_TIMEOUT_S:.0f} s") from None
+            event = clients.next_event(timeout_s=ANSWER_TIMEOUT_S)
+            if event is None:
+                raise CheckFailed(f"no answer came for {ANSWER_TIMEOUT_S:.0f} s")
             if event["event"] == "idle":
                 return found
             found.append(event)
@@ -135,9 +132,8 @@ class Chaos:
 
     def _judge_all(self, clients: ClientProcess) -> None:
         """What has come by now."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._judge(clients.events.get_nowait())
+        while (event := clients.next_event()) is not None:
+            self._judge(event)
 
     def _judge(self, event: dict[str, Any]) -> None:
         if event["event"] == "performed":

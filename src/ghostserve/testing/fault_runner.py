@@ -64,9 +64,7 @@ class FaultRunner:
         self._faults = plan.faults
         self._done: dict[int, Performed] = {}
         self._lock = threading.RLock()
-        for index, fault in enumerate(self._faults):
-            if fault.when.recovery is not None:
-                self._recovery_fault(index)
+        demand_possible(plan)
 
     @property
     def performed(self) -> list[Performed]:
@@ -149,7 +147,7 @@ class FaultRunner:
         fault, when = self._faults[index], self._faults[index].when
         armed: Fault | None = None
         if when.recovery is not None:
-            armed = self._recovery_fault(index)
+            armed = _recovery_fault(self._faults, index)
         elif when.step is not None:
             armed = self._step_fault(fault, skip=steps_before + when.step - 1)
         elif when.absolute_step is not None:
@@ -190,22 +188,30 @@ class FaultRunner:
             count=(DEFAULT_STEPS if facts.lasts else 1) if fault.steps is None else fault.steps,
         )
 
-    def _recovery_fault(self, index: int) -> Fault:
-        """Where the rank of this fault passes in that phase: as a survivor, or as a newcomer if it is one by then."""
-        fault = self._faults[index]
-        phase, action = fault.when.recovery, KINDS[fault.kind].action
-        assert phase is not None
-        assert action is not None
-        chain = index
-        while self._faults[chain].then:
-            chain -= 1
-        lost = {before.rank for before in self._faults[chain:index] if before.kind in LOSING}
-        newcomer = fault.rank in lost
-        point = (NEWCOMER_POINTS if newcomer else SURVIVOR_POINTS).get(phase)
-        if point is None:
-            role = "a newcomer" if newcomer else "a survivor"
-            raise UsageError(
-                f"rank {fault.rank} is {role} by then and does not come by {phase.value!r}; choose another phase, or "
-                f"{'a rank that lives' if newcomer else 'let it be lost first (then)'}"
-            )
-        return Fault(point=point, rank=fault.rank or 0, action=action)
+
+def demand_possible(plan: FaultPlan) -> None:
+    """Raises UsageError for a plan that names a phase which its rank does not come by."""
+    for index, fault in enumerate(plan.faults):
+        if fault.when.recovery is not None:
+            _recovery_fault(plan.faults, index)
+
+
+def _recovery_fault(faults: Sequence[PlannedFault], index: int) -> Fault:
+    """Where the rank of this fault passes in that phase: as a survivor, or as a newcomer if it is one by then."""
+    fault = faults[index]
+    phase, action = fault.when.recovery, KINDS[fault.kind].action
+    assert phase is not None
+    assert action is not None
+    chain = index
+    while faults[chain].then:
+        chain -= 1
+    lost = {before.rank for before in faults[chain:index] if before.kind in LOSING}
+    newcomer = fault.rank in lost
+    point = (NEWCOMER_POINTS if newcomer else SURVIVOR_POINTS).get(phase)
+    if point is None:
+        role = "a newcomer" if newcomer else "a survivor"
+        raise UsageError(
+            f"rank {fault.rank} is {role} by then and does not come by {phase.value!r}; choose another phase, or "
+            f"{'a rank that lives' if newcomer else 'let it be lost first (then)'}"
+        )
+    return Fault(point=point, rank=fault.rank or 0, action=action)
