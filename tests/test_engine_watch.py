@@ -53,7 +53,7 @@ def watch(clock: Clock) -> Iterator[Watch]:
             ),
             vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=256)),
             session=SimpleNamespace(page=ControlPage(segment, lane=LANE_ENGINE)),
-            performer=SimpleNamespace(epoch=0),
+            performer=SimpleNamespace(epoch=0, phase=None),
             workers=[SimpleNamespace(rank=rank, proc=process) for rank in range(2)],
             world_size=2,
         )
@@ -63,7 +63,7 @@ def watch(clock: Clock) -> Iterator[Watch]:
 
 def test_a_newcomer_is_not_evicted_for_its_predecessor(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is slow is looked for in a thread of its own: once more, perhaps, before the rank has been replaced."""
-    monkeypatch.setattr(watch._slow, "look", lambda now_s, works: [SLOW])
+    monkeypatch.setattr(watch._slow, "look", lambda now_s, works, epoch: [SLOW])
     watch.look_for_slow()
     with pytest.raises(RankSilent):
         watch.evict_slow()
@@ -76,7 +76,7 @@ def test_who_is_slow_for_good_is_only_shown_in_the_end(
     watch: Watch, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each successor on a slow core is slow as well: evicting them for ever would end a server that is only slow."""
-    monkeypatch.setattr(watch._slow, "look", lambda now_s, works: [SLOW])
+    monkeypatch.setattr(watch._slow, "look", lambda now_s, works, epoch: [SLOW])
     evicted: list[RankSilent] = []
     for _ in range(10 * EVICTIONS_MAX):
         clock.now_s += 5.0

@@ -241,7 +241,7 @@ def feed(slow: SlowRanks, busy_s: list[float], *, step_s: float = 0.02, seconds:
         works = [
             Work(in_steps_s=steps * step_s, waited_s=steps * (step_s - busy), steps=steps) for busy in busy_s
         ]
-        found = [one.rank for one in slow.look(0.25 * tick, works)]
+        found = [one.rank for one in slow.look(0.25 * tick, works, epoch=0)]
     return found
 
 
@@ -268,7 +268,26 @@ def test_a_replacement_starts_with_a_clean_record() -> None:
     slow = SlowRanks(factor=3.0)
     assert feed(slow, [0.004, 0.018]) == [1]
     fresh = Work(in_steps_s=0.0, waited_s=0.0, steps=0)
-    assert slow.look(10.0, [fresh, fresh]) == []
+    assert slow.look(10.0, [fresh, fresh], epoch=1) == []
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(1, []), (0, [1])])  # 0: as if there had been no recovery
+def test_what_survivors_waited_in_a_step_that_broke_makes_nobody_slow(
+    epoch: int, expected: list[int]
+) -> None:
+    """Rank 0 waits a second for rank 1, which dies and is replaced; the step counts for nobody."""
+    slow = SlowRanks(factor=3.0)
+    sums, found = [(0.0, 0.0), (0.0, 0.0)], []
+    for number in range(40):
+        steps = 10 * number
+        if number == 20:
+            sums[0] = (0.0, 1.0)
+        works = [
+            Work(in_steps_s=steps * 0.02 + more, waited_s=steps * 0.014 + waited, steps=steps)
+            for more, waited in sums
+        ]
+        found += slow.look(0.25 * number, works, epoch=epoch if number >= 20 else 0)
+    assert sorted({one.rank for one in found}) == expected
 
 
 def test_health_has_a_word_for_each() -> None:
@@ -283,6 +302,6 @@ def test_who_gets_no_processor_is_not_slow(starved: float, expected: list[int]) 
         steps = 10 * number
         late = Work(in_steps_s=steps * 0.02, waited_s=0.0, steps=steps, starved_s=starved * steps * 0.016)
         found = slow.look(
-            0.25 * number, [Work(in_steps_s=steps * 0.02, waited_s=steps * 0.016, steps=steps), late]
+            0.25 * number, [Work(in_steps_s=steps * 0.02, waited_s=steps * 0.016, steps=steps), late], epoch=0
         )
     assert [one.rank for one in found] == expected

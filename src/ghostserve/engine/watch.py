@@ -173,8 +173,12 @@ class Watch:
 
     def look_for_slow(self) -> None:
         """A few times per second: who holds the others up, though alive."""
+        performer = self._executor.performer
+        epoch = performer.epoch
+        if performer.phase is not None:
+            return
         works = [self._work_of(worker) for worker in self._executor.workers]
-        slow = {found.rank: found for found in self._slow.look(monotonic_s(), works)}
+        slow = {found.rank: found for found in self._slow.look(monotonic_s(), works, epoch=epoch)}
         for rank in slow.keys() - self._slow_ranks.keys():
             logger.warning("rank %d is slow: %s", rank, slow[rank].reason)
         for rank in self._slow_ranks.keys() - slow.keys():

@@ -4,8 +4,11 @@ All ranks of a group end a step together; the slow one is the one for which the 
 
     busy time per step = (time in steps - time waiting in collectives - time without a processor) / steps
 
-over a window. Who gets no processor, because something else has it, is not slow: a successor would get none either. A rank is slow while that is `factor` times the median of the others'. Where collectives do not tell how
-long they waited (over gloo, on a GPU), all ranks look equally busy and none is called slow.
+over a window. Who gets no processor, because something else has it, is not slow: a successor would get none either. A rank is
+slow while that is `factor` times the median of the others'. Where collectives do not tell how long they waited (over gloo, on a
+GPU), all ranks look equally busy and none is called slow.
+
+A recovery ends the window: who survived it has waited in a step that did not end, and for longer than it was in steps.
 """
 
 from __future__ import annotations
@@ -46,13 +49,13 @@ class SlowRanks:
     def __init__(self, *, factor: float) -> None:
         self._factor = factor
         self._seen: deque[tuple[float, tuple[Work, ...]]] = deque()
+        self._epoch = 0
 
-    def look(self, now_s: float, works: Sequence[Work]) -> list[SlowRank]:
-        """Those that are slow now; `works[rank]`. None of a group of one."""
-        if self._seen and any(
-            work.steps < old.steps for work, old in zip(works, self._seen[-1][1], strict=True)
-        ):
-            self._seen.clear()  # a rank was replaced
+    def look(self, now_s: float, works: Sequence[Work], *, epoch: int) -> list[SlowRank]:
+        """Those that are slow now; `works[rank]`. None of a group of one. Not to be called during a recovery."""
+        if epoch != self._epoch:
+            self._seen.clear()
+            self._epoch = epoch
         self._seen.append((now_s, tuple(works)))
         while len(self._seen) > 2 and self._seen[1][0] <= now_s - WINDOW_S:
             self._seen.popleft()
