@@ -236,7 +236,11 @@ def serve(
     server = ServerProcess(command, log_dir=tmp_path, env={**SERVER_ENV, **more_env(), **(env or {})})
     STARTED.append(name)
     server.start()
-    server.wait_ready(timeout_s=300)
+    try:
+        server.wait_ready(timeout_s=300)
+    except BaseException:  # the test's own time limit, too
+        server.stop()
+        raise
     return Served(server)
 
 
