@@ -21,3 +21,8 @@ def sleep_s(seconds: float) -> None:
 def cpu_s() -> float:
     """CPU seconds that this process has used."""
     return time.process_time()
+
+
+def thread_cpu_s() -> float:
+    """CPU seconds that this thread has used."""
+    return time.thread_time()

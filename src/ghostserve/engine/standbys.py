@@ -25,7 +25,7 @@ PERIOD_S = 0.5
 START_TIMEOUT_S = 60.0
 ANSWER_S = 0.05  # it has nothing else to do
 DEATHS_MAX, DEATHS_WINDOW_S = 5, 60.0
-MEMORY_PERIOD_S = 10.0
+MEMORY_PERIOD_S = 60.0  # the kernel walks all its pages
 CALM_S = 1.0  # after a recovery, before the next one is prepared: streams come first
 
 

@@ -14,13 +14,16 @@ from typing import Any
 
 import ghostserve
 from ghostserve.arena.control import ControlPage, Counter
+from ghostserve.clock import monotonic_s, thread_cpu_s
 from ghostserve.engine.process import start_time
 from ghostserve.errors import UsageError
 from ghostserve.types import RankState, ServerState
 
 logger = logging.getLogger(__name__)
 
-PERIOD_S = 0.25
+PERIOD_S, PERIOD_MAX_S = 0.25, 2.0
+PAUSE_PER_WORK = 20.0  # the more blocks, the longer a document takes, and the rarer it is written
+SLOW_PERIOD_S = 1.0  # who is slow is judged over seconds, and reads a file per thread of every rank
 
 
 def why_refused(page: ControlPage) -> str | None:
@@ -61,17 +64,22 @@ class StatusWriter:
             raise
 
     def _run(self) -> None:
-        while not self._stopping.wait(PERIOD_S):
+        slow_at_s, took_s = 0.0, 0.0
+        while not self._stopping.wait(min(max(PERIOD_S, PAUSE_PER_WORK * took_s), PERIOD_MAX_S)):
+            began_s = thread_cpu_s()
             try:
                 if not self._executor.open_steps:
                     self._executor.session.guard.sweep()
                     scheduler = self._executor.session.scheduler
                     if scheduler is not None and not scheduler.requests:
                         self._executor.session.guard.start_again()
-                self._executor.watch.look_for_slow()
+                if (now_s := monotonic_s()) >= slow_at_s:
+                    slow_at_s = now_s + SLOW_PERIOD_S
+                    self._executor.watch.look_for_slow()
                 self.write()
             except Exception:
                 logger.exception("the state page could not be written")
+            took_s = thread_cpu_s() - began_s
 
     def write(self) -> None:
         """Publish now."""

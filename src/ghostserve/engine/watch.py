@@ -1,7 +1,7 @@
 """Watches the ranks for the recovery: samples them, has the detector judge, and says who is to be replaced.
 
-Looked at from within every wait for a step (`look`), for an answer to anything else (`stopped`), and a few times per
-second for slow ranks (`look_for_slow`). Nothing here is on the way of a step that is answered in time.
+Looked at from within every wait for a step (`look`), for an answer to anything else (`stopped`), and every second or
+so for slow ranks (`look_for_slow`). Nothing here is on the way of a step that is answered in time.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Watch:
         return waited_for([self._sample(rank) for rank in sorted(silent)])
 
     def look_for_slow(self) -> None:
-        """A few times per second: who holds the others up, though alive."""
+        """Every second or so: who holds the others up, though alive."""
         performer = self._executor.performer
         epoch = performer.epoch
         if performer.phase is not None:

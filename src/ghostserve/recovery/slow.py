@@ -44,7 +44,7 @@ class SlowRank:
 
 
 class SlowRanks:
-    """Fed a few times per second. Not thread-safe."""
+    """Fed every second or so. Not thread-safe."""
 
     def __init__(self, *, factor: float) -> None:
         self._factor = factor
