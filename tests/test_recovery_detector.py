@@ -294,7 +294,7 @@ def test_health_has_a_word_for_each() -> None:
     assert [health.value for health in Health] == ["alive", "slow", "suspect", "dead"]
 
 
-@pytest.mark.parametrize(("starved", "expected"), [(0.0, [1]), (0.9, [])])
+@pytest.mark.parametrize(("starved", "expected"), [(0.0, [1]), (0.2, [1]), (0.9, [])])
 def test_who_gets_no_processor_is_not_slow(starved: float, expected: list[int]) -> None:
     """Rank 1 takes five times as long as the other; `starved` of the difference it had no processor."""
     slow, found = SlowRanks(factor=3.0), []
@@ -304,4 +304,18 @@ def test_who_gets_no_processor_is_not_slow(starved: float, expected: list[int]) 
         found = slow.look(
             0.25 * number, [Work(in_steps_s=steps * 0.02, waited_s=steps * 0.016, steps=steps), late], epoch=0
         )
+    assert [one.rank for one in found] == expected
+
+
+@pytest.mark.parametrize(("starved_s", "expected"), [(0.001, [0]), (0.018, [])])
+def test_on_a_machine_that_is_too_busy_nobody_is_slow(starved_s: float, expected: list[int]) -> None:
+    """Rank 1 was starved in threads that no step waited for: what is left of its time says nothing."""
+    slow, found = SlowRanks(factor=3.0), []
+    for number in range(30):
+        steps = 10 * number
+        works = [
+            Work(in_steps_s=steps * 0.02, waited_s=steps * 0.010, steps=steps),
+            Work(in_steps_s=steps * 0.02, waited_s=steps * 0.018, steps=steps, starved_s=steps * starved_s),
+        ]
+        found = slow.look(0.25 * number, works, epoch=0)
     assert [one.rank for one in found] == expected

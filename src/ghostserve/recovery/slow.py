@@ -21,6 +21,9 @@ from statistics import median
 WINDOW_S = 2.0
 STEPS_MIN = 20  # in a window; fewer say little
 LEAST_S = 0.001  # a difference below that is noise
+STARVED_SHARE_MAX = (
+    0.25  # of the time in steps; with more nobody can be told from who is kept waiting by other work
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,11 @@ class SlowRanks:
         began_s, first = self._seen[0]
         steps = min(work.steps - old.steps for work, old in zip(works, first, strict=True))
         if len(works) < 2 or now_s - began_s < WINDOW_S or steps < STEPS_MIN:
+            return []
+        if any(
+            work.starved_s - old.starved_s > STARVED_SHARE_MAX * (work.in_steps_s - old.in_steps_s)
+            for work, old in zip(works, first, strict=True)
+        ):
             return []
         busy = [_busy_s(work, old) for work, old in zip(works, first, strict=True)]
         return [found for rank in range(len(works)) if (found := self._judge(rank, busy)) is not None]
