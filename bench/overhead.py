@@ -39,7 +39,7 @@ from servers import (
     say,
     shipped_prompts,
 )
-from streams import Rate, rate_of, run_streams
+from streams import TimedStream, rate_of, run_streams
 
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import GhostserveError
@@ -248,12 +248,15 @@ class Bench:
         """A warm-up that is thrown away, then one measurement for each number of streams."""
         self._wake(variant)
         salt = f"overhead-{round_number}"
-        self._stream(variant, streams=1, max_tokens=WARM_UP_TOKENS, salt=f"{salt}-warm-up")
+        self._answer(variant, streams=1, max_tokens=WARM_UP_TOKENS, salt=f"{salt}-warm-up")
         for streams in STREAMS:
             max_tokens = self._plan.tokens_by_streams[streams]
             others_before_s, began_s = self._others_cpu_s(variant), monotonic_s()
-            rate = self._stream(variant, streams=streams, max_tokens=max_tokens, salt=f"{salt}-{streams}")
+            answers = self._answer(variant, streams=streams, max_tokens=max_tokens, salt=f"{salt}-{streams}")
             others_s = self._others_cpu_s(variant) - others_before_s
+            rate = rate_of(answers)
+            if streams == 1:
+                self._answers.add(answers[0].token_ids)
             self.samples.append(
                 Sample(
                     round=round_number,
@@ -268,17 +271,14 @@ class Bench:
                 )
             )
 
-    def _stream(self, variant: Variant, *, streams: int, max_tokens: int, salt: str) -> Rate:
-        answers = run_streams(
+    def _answer(self, variant: Variant, *, streams: int, max_tokens: int, salt: str) -> list[TimedStream]:
+        return run_streams(
             self._servers[variant.letter].base_url,
             prompts=[self._prompts[index % len(self._prompts)] for index in range(streams)],
             max_tokens=max_tokens,
             model=MODEL_NAME,
             cache_salt=salt,
         )
-        if streams == 1 and max_tokens == self._plan.tokens_by_streams[1]:
-            self._answers.add(answers[0].token_ids)
-        return rate_of(answers)
 
     def _others_cpu_s(self, variant: Variant) -> float:
         return sum(cpu_s(server) for letter, server in self._servers.items() if letter != variant.letter)
@@ -305,9 +305,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Plan, str, Path]:
         "--quick", action="store_true", help="few rounds: shows that it works, resolves nothing"
     )
     parser.add_argument("--rounds", type=int, help="default 7; 3 with --quick")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens of the single stream (default 200)")
+    parser.add_argument("--tokens", type=int, default=600, help="tokens of the single stream (default 600)")
     parser.add_argument(
-        "--tokens-each", type=int, default=120, help="tokens of each of 8 streams (default 120)"
+        "--tokens-each", type=int, default=400, help="tokens of each of 8 streams (default 400)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the order in the rounds and of the bootstrap")
     parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
