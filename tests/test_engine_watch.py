@@ -37,7 +37,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(engine_watch, "monotonic_s", clock)
-    monkeypatch.setattr(Starvation, "look", lambda self, pid, threads: 0.0)
+    monkeypatch.setattr(Starvation, "look", lambda self, pid, threads, now_s: 0.0)
     return clock
 
 
@@ -101,7 +101,7 @@ def test_threads_are_looked_at_once_a_rank_is_late(
     """All threads but the main one are starved throughout: nobody is called hung, and a look in time stays cheap."""
     asked: list[bool] = []
 
-    def look(self: Starvation, pid: int, *, threads: bool) -> float:
+    def look(self: Starvation, pid: int, *, threads: bool, now_s: float) -> float:
         asked.append(threads)
         return clock.now_s if threads else 0.0
 

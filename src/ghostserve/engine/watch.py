@@ -208,7 +208,9 @@ class Watch:
             in_steps_s=found.in_steps_s,
             waited_s=found.waited_s,
             steps=found.steps,
-            starved_s=self._starved_lately[worker.rank].look(worker.proc.pid, threads=True),
+            starved_s=self._starved_lately[worker.rank].look(
+                worker.proc.pid, threads=True, now_s=monotonic_s()
+            ),
         )
 
     def _note(self, verdicts: list[RankVerdict]) -> None:
@@ -239,5 +241,5 @@ class Watch:
             status=stamp.status.name.lower(),
             met=progress.met,
             waiting=progress.waiting,
-            starved_s=self._starved[rank].look(process.pid, threads=late),
+            starved_s=self._starved[rank].look(process.pid, threads=late, now_s=monotonic_s()),
         )
