@@ -54,9 +54,9 @@ def test_the_demo_holds_what_it_promises() -> None:
 
 @pytest.mark.slow  # test_ladder.py has the same control on a running server
 def test_without_the_restore_the_answer_changes() -> None:
-    code, report, told = demo("--no-restore", "--max-tokens", "200")
+    code, report, told = demo("--no-restore", "--max-tokens", "400", "--at-token", "100")
     assert code == 1, told
     assert report["identical"] is False
     assert report["tokens_changed"] > 0
-    assert report["tokens_total"] == 200
+    assert report["tokens_total"] == 400
     assert "check failed" in told
