@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import httpx
@@ -226,6 +227,33 @@ def test_leaks_are_found(tmp_path: Path) -> None:
         leaked.unlink()
         server.kill_tree()
     assert not server.leaks().processes
+
+
+def test_memory_of_another_server_is_no_leak(tmp_path: Path) -> None:
+    server = ServerProcess([sys.executable, "-c", "pass"], log_dir=tmp_path)
+    server.start()
+    assert server.wait_exit(timeout_s=30) == 0
+    segment = SharedMemory(create=True, size=4096)
+    try:
+        assert segment.name not in server.leaks().shared_memory, "this process has mapped it"
+        segment.close()
+        assert segment.name in server.leaks().shared_memory, "nobody has"
+    finally:
+        segment.unlink()
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_semaphore_of_another_server_is_no_leak(tmp_path: Path, mine: bool) -> None:
+    server = ServerProcess([sys.executable, "-c", "pass"], log_dir=tmp_path)
+    server.start()
+    server.record_processes()
+    assert server.wait_exit(timeout_s=30) == 0
+    semaphore = Path(f"/dev/shm/sem.ghostserve-{server.pid if mine else os.getpid()}-1-{server.port}")
+    semaphore.touch()
+    try:
+        assert (semaphore.name in server.leaks().shared_memory) is mine
+    finally:
+        semaphore.unlink()
 
 
 ORPHANING = """

@@ -1,16 +1,17 @@
 """What a server leaves behind: processes, shared-memory names, temporary files.
 
 Processes are known by pid and start time, so that a reused pid is not taken for a survivor. Names are
-compared with what was there before; a name that something else on the machine made in between is reported
-as well, so run one server at a time where the answer has to be exact.
+compared with what was there before, less shared memory that a process of somebody else has mapped: another server may
+have been started in between. A file that something else made in between is reported as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +79,14 @@ class NamesBefore:
 
     def leaks(self, processes: Iterable[ProcessMark]) -> Leaks:
         """Compare with now; `processes` are those that belonged to the server."""
-        now = NamesBefore.now()
+        now, family = NamesBefore.now(), list(processes)
+        new = now.shared_memory - self.shared_memory
+        if new:
+            own = {mark.pid for mark in family}
+            new = {name for name in new - _mapped_by_others(own) if not _names_another_server(name, own)}
         return Leaks(
-            processes=tuple(mark for mark in processes if mark.is_running()),
-            shared_memory=tuple(sorted(now.shared_memory - self.shared_memory)),
+            processes=tuple(mark for mark in family if mark.is_running()),
+            shared_memory=tuple(sorted(new)),
             temporary_files=tuple(sorted(now.temporary_files - self.temporary_files)),
         )
 
@@ -90,6 +95,27 @@ def _names(directory: Path) -> frozenset[str]:
     with contextlib.suppress(FileNotFoundError):
         return frozenset(os.listdir(directory))
     return frozenset()
+
+
+def _mapped_by_others(family: Collection[int]) -> set[str]:
+    """Names of shared memory that living processes outside the family have mapped, semaphores included."""
+    prefix = f"{SHARED_MEMORY_DIR}/"
+    names: set[str] = set()
+    for pid in psutil.pids():
+        if pid in family:
+            continue
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                path = line.rpartition(" ")[2]
+                if path.startswith(prefix):
+                    names.add(path.removeprefix(prefix))
+    return names
+
+
+def _names_another_server(name: str, family: Collection[int]) -> bool:
+    """Semaphores are called after the front process of their server (`engine/leftovers.py`); it need not have them mapped."""
+    found = re.fullmatch(r"sem\.ghostserve-(\d+)-.*", name)
+    return found is not None and int(found[1]) not in family and psutil.pid_exists(int(found[1]))
 
 
 def _mark(process: psutil.Process) -> ProcessMark | None:
