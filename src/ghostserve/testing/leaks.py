@@ -80,7 +80,7 @@ class NamesBefore:
     def leaks(self, processes: Iterable[ProcessMark]) -> Leaks:
         """Compare with now; `processes` are those that belonged to the server."""
         now, family = NamesBefore.now(), list(processes)
-        new = now.shared_memory - self.shared_memory
+        new = set(now.shared_memory - self.shared_memory)
         if new:
             own = {mark.pid for mark in family}
             new = {name for name in new - _mapped_by_others(own) if not _names_another_server(name, own)}
