@@ -319,3 +319,15 @@ def test_on_a_machine_that_is_too_busy_nobody_is_slow(starved_s: float, expected
         ]
         found = slow.look(0.25 * number, works, epoch=0)
     assert [one.rank for one in found] == expected
+
+
+def test_a_slow_rank_is_told_from_one_that_waits_for_a_core() -> None:
+    """Rank 1 is slow; rank 0, hardly ever in steps, shares its core with the client, and is starved for most of that time
+    (as measured on two cores)."""
+    slow, found = SlowRanks(factor=3.0), []
+    for number in range(4):
+        steps = 31 * number
+        fast = Work(in_steps_s=0.18 * number, waited_s=0.05 * number, steps=steps, starved_s=0.11 * number)
+        late = Work(in_steps_s=0.95 * number, waited_s=0.01 * number, steps=steps, starved_s=0.08 * number)
+        found = slow.look(float(number), [fast, late], epoch=0)
+    assert [one.rank for one in found] == [1]

@@ -4,8 +4,9 @@ All ranks of a group end a step together; the slow one is the one for which the 
 
     busy time per step = (time in steps - time waiting in collectives - time without a processor) / steps
 
-over a window. Who gets no processor, because something else has it, is not slow: a successor would get none either. A rank is
-slow while that is `factor` times the median of the others'. Where collectives do not tell how long they waited (over gloo, on a
+over a window. Who gets no processor, because something else has it, is not slow: a successor would get none either. Which of a
+rank's threads held its step up is not known, though, so that time is uncertain by as much as it is long. A rank is
+slow while its busy time is `factor` times the median of the others', and longer than that by more than any rank was starved. Where collectives do not tell how long they waited (over gloo, on a
 GPU), all ranks look equally busy and none is called slow.
 
 A recovery ends the window: who survived it has waited in a step that did not end, and for longer than it was in steps.
@@ -21,9 +22,6 @@ from statistics import median
 WINDOW_S = 2.0
 STEPS_MIN = 20  # in a window; fewer say little
 LEAST_S = 0.001  # a difference below that is noise
-STARVED_SHARE_MAX = (
-    0.25  # of the time in steps; with more nobody can be told from who is kept waiting by other work
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +64,17 @@ class SlowRanks:
         steps = min(work.steps - old.steps for work, old in zip(works, first, strict=True))
         if len(works) < 2 or now_s - began_s < WINDOW_S or steps < STEPS_MIN:
             return []
-        if any(
-            work.starved_s - old.starved_s > STARVED_SHARE_MAX * (work.in_steps_s - old.in_steps_s)
-            for work, old in zip(works, first, strict=True)
-        ):
-            return []
-        busy = [_busy_s(work, old) for work, old in zip(works, first, strict=True)]
-        return [found for rank in range(len(works)) if (found := self._judge(rank, busy)) is not None]
+        pairs = list(zip(works, first, strict=True))
+        busy = [_busy_s(work, old) for work, old in pairs]
+        starved_s = max(work.starved_s - old.starved_s for work, old in pairs) / steps
+        least_s = max(LEAST_S, starved_s)
+        return [
+            found for rank in range(len(works)) if (found := self._judge(rank, busy, least_s)) is not None
+        ]
 
-    def _judge(self, rank: int, busy: list[float]) -> SlowRank | None:
+    def _judge(self, rank: int, busy: list[float], least_s: float) -> SlowRank | None:
         others_s = median(busy[:rank] + busy[rank + 1 :])
-        if busy[rank] < self._factor * others_s or busy[rank] - others_s < LEAST_S:
+        if busy[rank] < self._factor * others_s or busy[rank] - others_s < least_s:
             return None
         return SlowRank(
             rank=rank,
