@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -46,13 +47,13 @@ def poisoned(served: Served):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_forced_recompute(served: Served, rank: int) -> None:
     """Rung 3 for every request: nothing shown is repeated or changed, the continuation is the same."""
-    asks = [Ask(max_tokens=60), SEEDED, Ask(max_tokens=80, regex="[a-z ]{200}")]
+    asks = [Ask(max_tokens=200), replace(SEEDED, max_tokens=200), Ask(max_tokens=200, regex="[a-z ]{1000}")]
     references = served.run_together(asks)
     before = served.recoveries()
     served.server.set_switch("force_recompute", True)
 
     def during(tokens) -> None:
-        served.server.wait_status(lambda _: tokens() >= 100, timeout_s=60, what="100 tokens")
+        served.server.wait_status(lambda _: tokens() >= 60, timeout_s=60, what="60 tokens")
         served.kill(rank)
 
     faulted = served.run_together(asks, during=during)
