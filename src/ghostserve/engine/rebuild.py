@@ -14,6 +14,7 @@ from typing import Any
 
 from ghostserve.arena.control import Counter, Switch
 from ghostserve.clock import monotonic_s
+from ghostserve.engine import request_events
 from ghostserve.engine.budget import REBUILD_BLOCKS
 from ghostserve.engine.in_flight import unwritten, without
 from ghostserve.engine.messages import RestoreReport, StateMessage
@@ -258,6 +259,9 @@ class Rebuild:
             request.num_computed_tokens - coming.scheduled.get(request.request_id, 0)
             for request in scheduler.running
             if request.request_id in affected
+        )
+        request_events.recomputed(
+            self._page.events, scheduler, affected, coming.scheduled, blocks=len(lost_blocks)
         )
         leave_steps(self._executor, affected, coming, lost_blocks)
         self.roll_back(timeout_s=timeout_s)

@@ -31,7 +31,9 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
+import ghostserve
 from ghostserve.arena.control import ControlPage
+from ghostserve.clock import monotonic_s
 from ghostserve.codec.matrix import check_size
 from ghostserve.config import CONFIG_ENV, GhostConfig
 from ghostserve.engine import leftovers, logs
@@ -41,12 +43,14 @@ from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
 from ghostserve.engine.settings import Settings
 from ghostserve.engine.status import why_refused
 from ghostserve.errors import EngineLost, GhostserveError, StartError, UnsupportedError, UsageError
+from ghostserve.events.kinds import Event, ServerDraining, ServerServing, ServerStarted
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 
 logger = logging.getLogger(__name__)
 
 KEEPER_START_S = 10.0
 LAST_WORDS_S = 5.0  # for answers that are under way once the engine has ended
+RESPONSE_METRICS = "ghostserve.web.response_metrics.ResponseMetrics"  # by name: it is a layer above
 RUN_DIRECTORY_CHARS_MAX = 107 - len("/") - 36  # a Unix socket's path, less vLLM's file name (a UUID)
 
 # Called with the app, the control page (None without protection), the parsed arguments and our configuration.
@@ -108,6 +112,7 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
         if len(str(directory)) <= RUN_DIRECTORY_CHARS_MAX:
             os.environ.setdefault("VLLM_RPC_BASE_PATH", str(directory))
         with KeeperSupervisor() as keeper:
+            keeper.control.events.tell(_started(arguments))
             keeper.wait_ready(timeout_s=KEEPER_START_S)
             os.environ.update(keeper.environment())
             try:
@@ -116,6 +121,11 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
                 leftovers.end_processes(keeper.control.read_state())
     finally:
         leftovers.remove_run_directory(directory)
+
+
+def _started(arguments: Namespace) -> ServerStarted:
+    model, ranks = str(arguments.model), int(arguments.tensor_parallel_size)
+    return ServerStarted(pid=os.getpid(), version=ghostserve.__version__, model=model, ranks=ranks)
 
 
 def _refuse_parity(arguments: Namespace, config: GhostConfig) -> None:
@@ -132,6 +142,8 @@ def _use_our_parts(arguments: Namespace, config: GhostConfig) -> None:
     arguments.distributed_executor_backend = "ghostserve.engine.executor.GhostExecutor"
     arguments.worker_cls = f"ghostserve.engine.worker.{worker}"
     arguments.scheduler_cls = "ghostserve.engine.scheduler.make_scheduler"
+    if arguments.enable_per_request_metrics:
+        arguments.middleware = [*arguments.middleware, RESPONSE_METRICS]
     os.environ[ASYNC_ENV] = "1" if arguments.async_scheduling else "0"
     os.environ[CONFIG_ENV] = config.to_json()
     if arguments.enforce_eager:
@@ -186,10 +198,13 @@ class _Engine(AsyncLLM):
 
     lost = False
     _stopped = False
+    on_shutdown: Callable[[float], None] | None = None
 
     def shutdown(self, timeout: float | None = None) -> None:
         if not self._stopped:
             self._stopped = True
+            if self.on_shutdown is not None:
+                self.on_shutdown(timeout or 0.0)
             self.lost = hasattr(self, "engine_core") and bool(self.errored)
         super().shutdown(timeout)
 
@@ -204,6 +219,7 @@ class _Server:
         self._config = config
         self._mount = mount
         self._page = page
+        self._began_s = monotonic_s()
         self.serving = False
         self.engine_lost = False
         self.interrupted = False
@@ -247,6 +263,7 @@ class _Server:
             )
         try:
             await engine.reset_mm_cache()
+            engine.on_shutdown = lambda timeout_s: self._tell(ServerDraining(timeout_s=timeout_s))
             yield engine
         finally:
             engine.shutdown(timeout=vllm_config.shutdown_timeout)
@@ -263,6 +280,7 @@ class _Server:
         await init_app_state(engine, app.state, arguments, tasks)
         logger.info("Starting ghostserve on %s", address)
         self.serving = True
+        self._tell(ServerServing(start_s=monotonic_s() - self._began_s))
         interrupts = asyncio.get_running_loop().create_task(self._note_interrupts(app))
         try:
             return await serve_http(
@@ -287,6 +305,10 @@ class _Server:
             )
         finally:
             interrupts.cancel()
+
+    def _tell(self, event: Event) -> None:
+        if self._page is not None:
+            self._page.events.tell(event)
 
     async def _note_interrupts(self, app: Any) -> None:
         """Once vLLM has installed its handlers: Ctrl-C ends as SIGTERM does, but is remembered."""
