@@ -237,6 +237,18 @@ def test_a_reader_goes_on_where_it_was() -> None:
     assert (seqs(ahead.records), ahead.next) == ([1, 2, 3, 4], 4)
 
 
+def test_numbers_grow_over_restarts() -> None:
+    """A place in the log of the server before is behind all of this one's, however many events that had."""
+    source = Source()
+    log = EventLog(source.look, base=1000)
+    assert (log.after(0, limit=9).next, log.latest(9).next) == (1000, 1000)
+    source.add(slow(0), slow(1))
+    for place in (0, 2, 999, 1000, 1003):
+        excerpt = log.after(place, limit=9)
+        assert (seqs(excerpt.records), excerpt.next, excerpt.dropped) == ([1001, 1002], 1002, 0)
+    assert seqs(log.after(1001, limit=9).records) == [1002]
+
+
 def test_what_was_lost_is_a_gap() -> None:
     source = Source()
     log = EventLog(source.look)

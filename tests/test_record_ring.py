@@ -14,7 +14,7 @@ import pytest
 
 from ghostserve.arena.event_rings import RINGS_BYTES, EventRings, Ring, Teller
 from ghostserve.arena.record_ring import RecordRing, RingRead
-from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.clock import monotonic_s, sleep_s, wall_s
 from ghostserve.errors import BudgetExceeded
 from ghostserve.events.kinds import KeeperRestarted, RankSlow, RequestAdmitted
 
@@ -185,6 +185,18 @@ def test_events_of_all_processes_are_merged_by_time() -> None:
     assert [event.kind for _, event in news.events] == ["request_admitted", "keeper_restarted", "rank_slow"]
     assert news.lost == 0
     assert look().events == []
+
+
+def test_the_order_is_that_of_the_monotonic_clock() -> None:
+    """What is told of the past is not a microsecond off, or a cause would come after its effect."""
+    memory = bytearray(RINGS_BYTES)
+    engine = rings(memory, Teller.ENGINE)
+    at_s = monotonic_s() - 1
+    for number in range(200):
+        engine.tell(RankSlow(rank=number, reason=""), at_monotonic_s=at_s)
+    times = [at_s for at_s, _ in rings(memory, None).look().events]
+    assert len(set(times)) == 1
+    assert abs(wall_s() - 1 - times[0]) < 5
 
 
 def test_a_flood_of_requests_leaves_the_other_events_alone() -> None:

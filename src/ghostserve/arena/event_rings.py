@@ -23,6 +23,9 @@ from ghostserve.events.record import pack, unpack
 logger = logging.getLogger(__name__)
 
 
+CLOCK_SET_S = 0.002
+
+
 class Ring(Enum):
     """(slots, bytes per slot)"""
 
@@ -64,6 +67,7 @@ class EventRings:
             at = end
         self._teller = teller
         self._seen = dict.fromkeys(Ring, 0)
+        self._offset_s = 0.0  # from monotonic time to that of the wall
         self.untold = 0  # events of this process that could not be told
 
     def tell(self, event: Event, *, at_monotonic_s: float | None = None) -> None:
@@ -73,8 +77,7 @@ class EventRings:
         try:
             of_requests, others = self._teller.value
             ring = self._rings[of_requests if event.kind in OF_REQUESTS else others]
-            at_s = wall_s() - (0.0 if at_monotonic_s is None else monotonic_s() - at_monotonic_s)
-            packed = pack(event, at_s, bytes_max=ring.payload_max_bytes)
+            packed = pack(event, self._wall_s(at_monotonic_s), bytes_max=ring.payload_max_bytes)
             if packed is None:
                 raise ValueError(f"longer than {ring.payload_max_bytes} bytes")
             ring.write(packed)
@@ -84,6 +87,14 @@ class EventRings:
                 logger.warning(
                     "an event (%s) could not be told: %s; further ones are only counted", event.kind, error
                 )
+
+    def _wall_s(self, at_monotonic_s: float | None) -> float:
+        """By the same offset until the wall's clock is set, so that the order stays that of the monotonic clock."""
+        now_s = monotonic_s()
+        offset_s = wall_s() - now_s
+        if abs(offset_s - self._offset_s) > CLOCK_SET_S:
+            self._offset_s = offset_s
+        return self._offset_s + (now_s if at_monotonic_s is None else at_monotonic_s)
 
     def look(self) -> News:
         """What came since the last look, of all processes. One thread at a time."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from ghostserve.arena.control import ControlPage
 from ghostserve.arena.event_rings import News
 from ghostserve.arena.names import Counter
+from ghostserve.clock import wall_s
 from ghostserve.config import GhostConfig
 from ghostserve.events.file import EventFile
 from ghostserve.events.follower import Follower, Sink
@@ -30,7 +31,7 @@ class KeptEvents:
             self._file = EventFile(
                 Path(config.event_log), max_bytes=config.event_log_max_bytes, files=config.event_log_files
             )
-        self.log = EventLog(self._look)
+        self.log = EventLog(self._look, base=int(wall_s() * 1e6))
         # One that only collects, so that nothing is overwritten while nobody asks.
         self._followers = [self._follow(lambda records: None, "collector")]
         if self._file is not None:

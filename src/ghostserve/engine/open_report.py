@@ -25,13 +25,15 @@ class OpenReport:
         self.result = RebuildResult()
 
     def lose(self, failure: RanksDied | RankSilent, workers: Any) -> None:
-        """Processes of ranks are lost, now or on the way."""
+        """Processes of ranks are lost: since the start of the recovery, or now, on the way."""
+        at_s = None if self.lost_ranks else self.clock.started_at_s
         cause = "crash" if isinstance(failure, RanksDied) else "slow" if failure.evicted else "hang"
         for rank in sorted(failure.ranks):
             pid = workers[rank].proc.pid
             self.lost_ranks += (rank,)
             self.lost_pids += (pid,)
-            self._events.tell(RankLost(rank=rank, cause=cause, pid=pid, reason=failure.reason))
+            lost = RankLost(rank=rank, cause=cause, pid=pid, reason=failure.reason)
+            self._events.tell(lost, at_monotonic_s=at_s)
 
     def begin(self, phase: Phase) -> None:
         """`phase` begins now."""

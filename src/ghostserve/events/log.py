@@ -48,10 +48,14 @@ class EventLog:
         *,
         kept_max: int = KEPT_MAX,
         kept_of_requests_max: int = KEPT_OF_REQUESTS_MAX,
+        base: int = 0,
     ) -> None:
+        """The first event gets the number behind `base`. With the time as base numbers grow over restarts as well, and a
+        reader's place in the log of a server before this one is simply behind all of it.
+        """
         self._look = look
         self._lock = threading.Lock()
-        self._last = 0
+        self._base = self._last = base
         self._lost_total = 0
         self._others: deque[Record] = deque(maxlen=kept_max)
         self._of_requests: deque[Record] = deque(maxlen=kept_of_requests_max)
@@ -74,10 +78,10 @@ class EventLog:
             return self._last
 
     def after(self, place: int, *, limit: int) -> Excerpt:
-        """The first `limit` events behind `place`. A place that is not reached yet is another server's: from the start."""
+        """The first `limit` events behind `place`. One that this log does not have is another server's: from the start."""
         last = self.collect()
-        if place > last:
-            place = 0
+        if not self._base <= place <= last:
+            place = self._base
         if place == last:
             return Excerpt((), last, 0)
         with self._lock:

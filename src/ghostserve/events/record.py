@@ -1,6 +1,6 @@
 """An event with its time and place in the order, and its JSON: what the route, the file and the tools exchange. Pure.
 
-{"seq": 12, "at": "2026-11-22T13:00:00.123456Z", "kind": "rank_lost", "rank": 1, "request": null,
+{"seq": 1795352400000012, "at": "2026-11-22T13:00:00.123456Z", "kind": "rank_lost", "rank": 1, "request": null,
  "text": "rank 1 (process 1520) is lost, ...", "data": {"cause": "crash", "pid": 1520, "reason": "..."}}
 """
 
@@ -29,7 +29,7 @@ def at_seconds(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`seq` counts from 1 in the life of a server; a gap stands for events that were lost."""
+    """`seq` grows by one with each event; a gap stands for events that were lost, or for a restart of the server."""
 
     seq: int
     at_s: float

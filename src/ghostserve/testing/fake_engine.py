@@ -19,7 +19,7 @@ from typing import Any
 
 from ghostserve.arena.event_rings import RINGS_BYTES, EventRings, Teller
 from ghostserve.arena.names import Counter, Fault, Switch
-from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.clock import monotonic_s, sleep_s, wall_s
 from ghostserve.events import kinds
 from ghostserve.events.log import EventLog
 from ghostserve.types import Phase
@@ -54,9 +54,9 @@ class FakeEngine:
         self.state = "serving"
         self.lock = threading.Lock()
         self.open: dict[str, int] = {}  # tokens shown, by request
-        memory = memoryview(bytearray(RINGS_BYTES))
-        self.events = EventRings(memory, teller=Teller.ENGINE)
-        self.log = EventLog(EventRings(memory, teller=None).look)
+        self.memory = memoryview(bytearray(RINGS_BYTES))
+        self.events = EventRings(self.memory, teller=Teller.ENGINE)
+        self.log = EventLog(EventRings(self.memory, teller=None).look, base=int(wall_s() * 1e6))
         self._requests = itertools.count()
         self.workers = [self._spawn() for _ in range(ranks)]
         self.keeper = self._spawn()

@@ -5,7 +5,8 @@
 
 `after` is where the last answer's `next` was; without it the newest `limit` events come. `dropped` of those in between
 are gone. With `Accept: text/event-stream` or `?follow=1` the same objects come as server-sent events (`id` is the seq,
-`event` the kind), from `after` or `Last-Event-ID` on. A place that lies ahead is that of a server before: all comes.
+`event` the kind), from `after` or `Last-Event-ID` on. A place in the log of
+an earlier server is before all of this one's.
 """
 
 from __future__ import annotations
