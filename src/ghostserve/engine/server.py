@@ -13,6 +13,7 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -43,6 +44,7 @@ from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
 from ghostserve.engine.settings import Settings
 from ghostserve.engine.status import why_refused
 from ghostserve.errors import EngineLost, GhostserveError, StartError, UnsupportedError, UsageError
+from ghostserve.events.file import EventFile
 from ghostserve.events.kinds import Event, ServerDraining, ServerServing, ServerStarted
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 
@@ -103,6 +105,10 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
         return _run(arguments, config, mount, page=None)
     refuse_arguments(arguments)
     _refuse_parity(arguments, config)
+    if config.event_log is not None:  # at once, not when the engine is up
+        EventFile(
+            Path(config.event_log), max_bytes=config.event_log_max_bytes, files=config.event_log_files
+        ).close()
     _demand_our_platform()
     Settings(config=config).memory_budget_bytes()
     _use_our_parts(arguments, config)

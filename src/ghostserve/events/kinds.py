@@ -22,12 +22,13 @@ class Event:
     """Base of all kinds."""
 
     kind: ClassVar[str] = ""
+    names: ClassVar[tuple[str, ...]] = ()  # of its fields
     rank: int | None = None
     request: str | None = None
 
     def values(self) -> dict[str, Any]:
         """All fields as plain values."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in self.names}
 
 
 # -- the server ------------------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ def _name_of(kind: type[Event]) -> str:
 
 KINDS: Mapping[str, type[Event]] = {_name_of(kind): kind for kind in Event.__subclasses__()}
 for _name, _kind in KINDS.items():
-    _kind.kind = _name
+    _kind.kind, _kind.names = _name, tuple(item.name for item in dataclasses.fields(_kind))
 
 OF_REQUESTS = frozenset(name for name in KINDS if name.startswith("request_"))
 """As many as there are requests: kept apart, so that they do not push out what happened to the server."""
@@ -328,8 +329,7 @@ def event_of(kind: str, values: Mapping[str, Any]) -> Event | None:
     cls = KINDS.get(kind)
     if cls is None:
         return None
-    names = {item.name for item in dataclasses.fields(cls)}
     try:
-        return cls(**{name: value for name, value in values.items() if name in names})
+        return cls(**{name: value for name, value in values.items() if name in cls.names})
     except TypeError as error:
         raise ValueError(f"{kind}: {error}") from None

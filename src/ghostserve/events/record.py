@@ -67,21 +67,24 @@ def record_of(doc: Mapping[str, Any]) -> Record | None:
 # -- in shared memory ------------------------------------------------------------------------------------------
 
 _CLIPS = (400, 120, 40)
+# Made once, as this runs between two steps. With escapes, as reasons may hold what is no valid Unicode.
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
 
 
 def pack(event: Event, at_s: float, *, bytes_max: int) -> bytes | None:
     """For a slot of shared memory: long texts are clipped until it fits; None if it cannot."""
     values = {name: value for name, value in event.values().items() if value is not None}
+    packed = _encode([event.kind, at_s, values]).encode()
     for chars in _CLIPS:
-        clipped = {
-            name: f"{value[: chars - 1]}…" if isinstance(value, str) and len(value) > chars else value
-            for name, value in values.items()
-        }
-        # Escapes where the text is no valid Unicode, as in file names.
-        packed = json.dumps([event.kind, at_s, clipped], separators=(",", ":"), ensure_ascii=True).encode()
         if len(packed) <= bytes_max:
             return packed
-    return None
+        clipped = {name: _clip(value, chars) for name, value in values.items()}
+        packed = _encode([event.kind, at_s, clipped]).encode()
+    return packed if len(packed) <= bytes_max else None
+
+
+def _clip(value: Any, chars: int) -> Any:
+    return f"{value[: chars - 1]}…" if isinstance(value, str) and len(value) > chars else value
 
 
 def unpack(packed: bytes) -> tuple[float, Event] | None:
