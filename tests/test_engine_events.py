@@ -168,9 +168,9 @@ def test_how_a_request_ends(
 
 def test_a_request_that_is_recomputed_says_why(pages: Pages) -> None:
     scheduler = SimpleNamespace(running=[request("a"), request("b")])
-    request_events.recomputed(pages[0].events, scheduler, {"a"}, {"a": 1}, blocks=2)
+    request_events.recomputed(pages[0].events, scheduler, {"a"}, {"a": 1}, "2 KV blocks were not rebuilt")
     assert told(pages) == [
-        kinds.RequestRecomputed(request="a", tokens=7, reason="2 KV blocks could not be rebuilt")
+        kinds.RequestRecomputed(request="a", tokens=7, reason="2 KV blocks were not rebuilt")
     ]
 
 

@@ -38,12 +38,9 @@ def ended(events: EventRings, request: Any) -> None:
 
 
 def recomputed(
-    events: EventRings, scheduler: Any, names: Collection[str], scheduled: Mapping[str, int], *, blocks: int
+    events: EventRings, scheduler: Any, names: Collection[str], scheduled: Mapping[str, int], reason: str
 ) -> None:
     """These requests start over from their tokens. `scheduled`: tokens that steps in flight were to compute."""
-    reason = (
-        f"{blocks} KV blocks could not be rebuilt" if blocks else "what was collected of its prompt is gone"
-    )
     for request in scheduler.running:
         if request.request_id in names:
             tokens = request.num_computed_tokens - scheduled.get(request.request_id, 0)

@@ -209,9 +209,9 @@ class _Engine(AsyncLLM):
     def shutdown(self, timeout: float | None = None) -> None:
         if not self._stopped:
             self._stopped = True
-            if self.on_shutdown is not None:
-                self.on_shutdown(timeout or 0.0)
             self.lost = hasattr(self, "engine_core") and bool(self.errored)
+            if self.on_shutdown is not None and not self.lost:
+                self.on_shutdown(timeout or 0.0)
         super().shutdown(timeout)
 
 

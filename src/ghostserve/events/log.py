@@ -14,7 +14,7 @@ from heapq import merge
 from itertools import takewhile
 from typing import Protocol
 
-from ghostserve.events.kinds import OF_REQUESTS, Event
+from ghostserve.events.kinds import OF_REQUESTS, Event, RequestResumed
 from ghostserve.events.record import Record
 
 KEPT_MAX, KEPT_OF_REQUESTS_MAX = 4096, 8192  # about 1 KiB each
@@ -59,6 +59,9 @@ class EventLog:
         self._lost_total = 0
         self._others: deque[Record] = deque(maxlen=kept_max)
         self._of_requests: deque[Record] = deque(maxlen=kept_of_requests_max)
+        self._resumed: deque[Record] = deque(
+            maxlen=kept_of_requests_max
+        )  # apart: every answer may ask for them
 
     @property
     def lost_total(self) -> int:
@@ -74,7 +77,10 @@ class EventLog:
             for at_s, event in news.events:
                 self._last += 1
                 kept = self._of_requests if event.kind in OF_REQUESTS else self._others
-                kept.append(Record(self._last, at_s, event))
+                record = Record(self._last, at_s, event)
+                kept.append(record)
+                if isinstance(event, RequestResumed):
+                    self._resumed.append(record)
             return self._last
 
     def after(self, place: int, *, limit: int) -> Excerpt:
@@ -107,6 +113,12 @@ class EventLog:
             end = self._last
         first = newest[0].seq - 1 if newest else end
         return Excerpt(tuple(newest), end, end - first - len(newest))
+
+    def resumed_after(self, place: int) -> list[Record]:
+        """The RequestResumed events behind `place`: cheap, however many requests there were."""
+        self.collect()
+        with self._lock:
+            return _behind(self._resumed, place)
 
     def all(self) -> Sequence[Record]:
         """Everything that is kept."""

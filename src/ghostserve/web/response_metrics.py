@@ -87,7 +87,7 @@ class _Sender:
     def _recoveries_of(self, response_id: str) -> dict[str, float]:
         times_ms = [
             record.event.recovery_ms
-            for record in self._log.after(self._since, limit=1 << 30).records
+            for record in self._log.resumed_after(self._since)
             if isinstance(record.event, RequestResumed)
             and belongs_to(record.event.request or "", response_id)
         ]
