@@ -139,6 +139,22 @@ def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no server answers" in line
 
 
+def test_a_server_that_tells_on_and_on_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page after page while they are full; then it is enough, though there is something new each time."""
+    asked: list[int] = []
+
+    def events(_self: AdminClient, *, after: int, limit: int) -> dict[str, object]:
+        asked.append(after)
+        count = limit if len(asked) < 3 else 1
+        some = [FILE[0].as_dict() | {"seq": after + number + 1} for number in range(count)]
+        return {"events": some, "next": after + count, "dropped": 0}
+
+    monkeypatch.setattr(AdminClient, "events", events)
+    records = [record.seq for record, _ in events_client.kept_events(AdminClient("http://127.0.0.1:1"))]
+    assert records == list(range(1, 2002))
+    assert asked == [0, 1000, 2000]
+
+
 # -- story ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,8 +187,7 @@ def test_what_is_no_longer_kept_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     doc = {"events": [FILE[1].as_dict()], "next": 9, "dropped": 8}
-    answers = [doc, {"events": [], "next": 9, "dropped": 0}]
-    monkeypatch.setattr(AdminClient, "_ask", lambda *_: answers.pop(0))
+    monkeypatch.setattr(AdminClient, "_ask", lambda *_: doc)
     assert cli.main(["events"]) == 0
     out, err = capsys.readouterr()
     assert "rank_lost" in out

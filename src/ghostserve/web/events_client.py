@@ -18,7 +18,9 @@ READ_TIMEOUT_S = 3 * HEARTBEAT_S  # a connection without heartbeats is dead
 
 
 def kept_events(admin: AdminClient) -> Iterator[tuple[Record, int]]:
-    """All that the server still knows: (record, how many before it are gone since the last one)."""
+    """All that the server still knows: (record, how many before it are gone since the last one). Ends also where events
+    come faster than they are asked for.
+    """
     place = 0
     while True:
         answer = admin.events(after=place, limit=LIMIT_MAX)
@@ -27,7 +29,7 @@ def kept_events(admin: AdminClient) -> Iterator[tuple[Record, int]]:
             if (record := record_of(doc)) is not None:
                 yield record, dropped
                 dropped = 0
-        if not answer["events"] or answer["next"] <= place:
+        if len(answer["events"]) < LIMIT_MAX:
             return
         place = answer["next"]
 
