@@ -26,7 +26,7 @@ from ghostserve.engine import weights_identity
 from ghostserve.engine.messages import JoinMessage, RegroupMessage
 from ghostserve.engine.open_report import OpenReport
 from ghostserve.engine.rebuild import Rebuild
-from ghostserve.engine.recovery_events import End, tell_end, tell_failed_phases, tell_failed_step
+from ghostserve.engine.recovery_events import End, raise_epoch, tell_end, tell_failed_phases, tell_failed_step
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.errors import EngineLost, GhostserveError
 from ghostserve.events import kinds
@@ -113,10 +113,7 @@ class Performer:
                     case Fence(ranks=ranks):
                         self._fence(ranks)
                     case RaiseEpoch(epoch=epoch):
-                        self._page.epoch = epoch
-                        reason = self._report.reason if self._report else ""
-                        self._page.events.tell(kinds.EpochRaised(epoch=epoch, reason=reason))
-                        logger.warning("epoch %d: %s", epoch, reason)
+                        raise_epoch(self._page, epoch, self._report.reason if self._report else "")
                     case Run():
                         events.extend(self._run(action))
                     case RetryStep():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
 from enum import Enum
 from typing import Any
 
+from ghostserve.arena.control import ControlPage
 from ghostserve.arena.event_rings import EventRings
 from ghostserve.engine import request_events
-from ghostserve.events.kinds import PhaseFailed, RecoveryEnded, StepFailed
+from ghostserve.events.kinds import EpochRaised, PhaseFailed, RecoveryEnded, StepFailed
 from ghostserve.recovery import machine
 from ghostserve.recovery.report import RecoveryReport
+
+logger = logging.getLogger(__name__)
 
 
 class End(Enum):
@@ -19,6 +23,13 @@ class End(Enum):
     RECOVERED = "recovered"
     STEP_FAILED = "recovered, less the requests of a step"
     GIVEN_UP = "not recovered"
+
+
+def raise_epoch(page: ControlPage, epoch: int, reason: str) -> None:
+    """What is of an older one is refused from here on."""
+    page.epoch = epoch
+    page.events.tell(EpochRaised(epoch=epoch, reason=reason))
+    logger.warning("epoch %d: %s", epoch, reason)
 
 
 def tell_failed_phases(events: EventRings, happened: Iterable[machine.Event]) -> None:
