@@ -88,8 +88,7 @@ def kinds_of(lines: list[str]) -> list[str]:
 def test_events_of_a_server(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "events", "--url", server.base_url)
     assert any(
-        "rank_lost" in line and line.endswith("is lost, its process ended: process of rank 1 exited")
-        for line in lines
+        "rank_lost" in line and line.endswith("is lost (crash): process of rank 1 exited") for line in lines
     )
     as_json = run(capsys, "events", "--url", server.base_url, "--json")
     assert [json.loads(line)["text"] for line in as_json] == [line.split("  ")[-1].strip() for line in lines]
@@ -177,7 +176,7 @@ def test_a_story_from_a_file(file: Path, capsys: pytest.CaptureFixture[str]) -> 
     lines = run(capsys, "story", "1", "--file", str(file))
     assert lines == [
         "rank 1, from 2026-09-21T14:14:20.000000Z",
-        "     +0.000 s  rank 1 (process 9) is lost, its process ended: gone",
+        "     +0.000 s  rank 1 (process 9) is lost (crash): gone",
         "     +1.000 s  rank 1 recovered by rebuild in 500 ms: 1 block from parity, 1 from mirrors (10 B), "
         "no token recomputed, 0 requests resumed",
     ]

@@ -71,7 +71,7 @@ TOLD: list[tuple[Event, str]] = [
     ),
     (
         kinds.RankLost(rank=1, cause="crash", pid=9, reason="exit by SIGKILL"),
-        "rank 1 (process 9) is lost, its process ended: exit by SIGKILL",
+        "rank 1 (process 9) is lost (crash): exit by SIGKILL",
     ),
     (kinds.RankFenced(rank=1, pid=9), "rank 1 is fenced: SIGKILL to process 9"),
     (kinds.RankTaken(rank=1, pid=10, standby=True), "standby 10 takes rank 1"),
@@ -117,6 +117,11 @@ def test_every_kind_is_told_here() -> None:
     assert {event.kind for event, _ in TOLD} == set(KINDS)
 
 
+def test_every_kind_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
+    assert [kind for kind in KINDS if f"`{kind}`" not in text] == []
+
+
 @pytest.mark.parametrize(("event", "text"), TOLD, ids=lambda value: getattr(value, "kind", ""))
 def test_the_sentence_of_a_kind(event: Event, text: str) -> None:
     assert text_of(event) == text
@@ -126,7 +131,7 @@ def test_sentences_that_depend_on_what_is_known() -> None:
     assert (
         text_of(kinds.FaultInjected(how="keeper_crash")) == "fault keeper_crash was asked for, to strike now"
     )
-    assert text_of(kinds.RankTaken(rank=1, pid=10, standby=False)) == "a new process, 10 takes rank 1"
+    assert text_of(kinds.RankTaken(rank=1, pid=10, standby=False)) == "new process 10 takes rank 1"
     failed = dataclasses.replace(RECOVERY, ok=False, ranks=[0, 1], reason="no process")
     assert text_of(failed) == "ranks 0, 1 not recovered after 870 ms: no process"
     again = dataclasses.replace(RECOVERY, ranks=[], path="recompute", tokens_recomputed=1, requests_resumed=1)
@@ -324,6 +329,22 @@ def test_the_story_of_a_rank() -> None:
             "rank_lost", "epoch_raised", "phase_ended", "rank_taken", "recovery_ended",
         ]  # fmt: skip
     assert [record.event.kind for record in tell("rank 0", HISTORY).records] == ["rank_lost", "phase_ended"]
+
+
+def test_a_phase_that_has_ended_is_one_line() -> None:
+    """One that has not is the last that is known."""
+    history = records_of(
+        kinds.RankLost(rank=1, cause="crash", pid=9, reason="gone"),
+        kinds.PhaseBegun(phase="leave"),
+        kinds.PhaseEnded(phase="leave", ms=5),
+        kinds.PhaseBegun(phase="spawn"),
+    )
+    story = tell("1", history)
+    assert len(story.records) == 4
+    assert [line.split("  ")[-1] for line in story.lines()[2:]] == [
+        "phase leave took 5.0 ms",
+        "phase spawn begins",
+    ]
 
 
 def test_the_order_is_that_of_time() -> None:

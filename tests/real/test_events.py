@@ -133,7 +133,7 @@ def test_the_story_of_the_request(served: kit.Served, killed: tuple[str, list[di
     lines = tell(served, "story", name).splitlines()
     assert lines[0].startswith(f"request {name}-0-")
     assert lines[1].split()[0] == "+0.000"
-    assert "is lost, its process ended" in "\n".join(lines)
+    assert "is lost (crash)" in "\n".join(lines)
     assert "recovered by rebuild in" in "\n".join(lines)
     assert "finished (length) after 400 tokens" in lines[-1]
 

@@ -1,7 +1,7 @@
 """An event with its time and place in the order, and its JSON: what the route, the file and the tools exchange. Pure.
 
 {"seq": 1795352400000012, "at": "2026-11-22T13:00:00.123456Z", "kind": "rank_lost", "rank": 1, "request": null,
- "text": "rank 1 (process 1520) is lost, ...", "data": {"cause": "crash", "pid": 1520, "reason": "..."}}
+ "text": "rank 1 (process 1520) is lost (crash): ...", "data": {"cause": "crash", "pid": 1520, "reason": "..."}}
 """
 
 from __future__ import annotations

@@ -8,11 +8,6 @@ from ghostserve.events import kinds
 from ghostserve.events.kinds import Event
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_CAUSES = {
-    "crash": "its process ended",
-    "hang": "it made no progress",
-    "slow": "it was slow",
-}
 
 
 def text_of(event: Event) -> str:
@@ -132,8 +127,7 @@ def _(event: kinds.RequestResumed) -> str:
 
 @_sentence.register
 def _(event: kinds.RankLost) -> str:
-    cause = _CAUSES.get(event.cause, event.cause)
-    return f"rank {event.rank} (process {event.pid}) is lost, {cause}: {event.reason}"
+    return f"rank {event.rank} (process {event.pid}) is lost ({event.cause}): {event.reason}"
 
 
 @_sentence.register
@@ -143,7 +137,7 @@ def _(event: kinds.RankFenced) -> str:
 
 @_sentence.register
 def _(event: kinds.RankTaken) -> str:
-    who = "standby" if event.standby else "a new process,"
+    who = "standby" if event.standby else "new process"
     return f"{who} {event.pid} takes rank {event.rank}"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ghostserve.errors import UsageError
-from ghostserve.events.kinds import Event, RankLost, RecoveryEnded
+from ghostserve.events.kinds import Event, PhaseBegun, PhaseEnded, RankLost, RecoveryEnded
 from ghostserve.events.record import Record, at_text
 from ghostserve.events.sentences import text_of
 
@@ -36,13 +36,22 @@ class Story:
     records: Sequence[Record]
 
     def lines(self) -> list[str]:
-        """For people: seconds since the beginning, then the sentence."""
+        """For people: seconds since the beginning, then the sentence. The beginning of a phase whose end follows is left out:
+        that says how long it took.
+        """
         start_s = self.records[0].at_s
-        head = f"{self.title}, from {at_text(start_s)}"
-        return [
-            head,
-            *(f"{record.at_s - start_s:>+11.3f} s  {text_of(record.event)}" for record in self.records),
-        ]
+        shown = (f"{record.at_s - start_s:>+11.3f} s  {text_of(record.event)}" for record in self._shown())
+        return [f"{self.title}, from {at_text(start_s)}", *shown]
+
+    def _shown(self) -> list[Record]:
+        ended: set[str] = set()
+        shown = []
+        for record in reversed(self.records):
+            if isinstance(record.event, PhaseEnded):
+                ended.add(record.event.phase)
+            if not (isinstance(record.event, PhaseBegun) and record.event.phase in ended):
+                shown.append(record)
+        return shown[::-1]
 
     def as_dict(self) -> dict[str, object]:
         start_s = self.records[0].at_s

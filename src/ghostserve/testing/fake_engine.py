@@ -216,12 +216,14 @@ class FakeEngine:
                 "requests_recomputed": int(recompute),
             }
         )
-        self._tell_end(self.recoveries[-1])
+        self._tell_end(self.recoveries[-1], began_s)
         self.state = "serving"
 
-    def _tell_end(self, report: dict[str, Any]) -> None:
+    def _tell_end(self, report: dict[str, Any], began_s: float) -> None:
+        ended_s = began_s
         for phase, ms in report["phases_ms"].items():
-            self.events.tell(kinds.PhaseEnded(phase=phase, ms=ms))
+            ended_s += ms / 1e3
+            self.events.tell(kinds.PhaseEnded(phase=phase, ms=ms), at_monotonic_s=ended_s)
         for name, shown in self.open.items():
             self.events.tell(
                 kinds.RequestResumed(
@@ -237,7 +239,7 @@ class FakeEngine:
     def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
         """The server-sent events of one answer."""
         self.corrupt = False
-        name = f"cmpl-{next(self._requests)}-0-{0:08x}"
+        began_s, name = monotonic_s(), f"cmpl-{next(self._requests)}-0-{0:08x}"
         self.open[name] = 0
         self.events.tell(
             kinds.RequestAdmitted(request=name, prompt_tokens=len(prompt.split()), max_tokens=max_tokens)
@@ -245,10 +247,14 @@ class FakeEngine:
         try:
             yield from self._tokens(name, prompt, max_tokens)
         finally:
-            shown = self.open.pop(name)
-            ended = kinds.RequestFinished(request=name, reason="length", output_tokens=shown, total_ms=0.0)
-            aborted = kinds.RequestAborted(request=name, output_tokens=shown, total_ms=0.0)
-            self.events.tell(ended if shown == max_tokens else aborted)
+            shown, took_ms = self.open.pop(name), (monotonic_s() - began_s) * 1e3
+            if shown == max_tokens:
+                ended: kinds.Event = kinds.RequestFinished(
+                    request=name, reason="length", output_tokens=shown, total_ms=took_ms
+                )
+            else:
+                ended = kinds.RequestAborted(request=name, output_tokens=shown, total_ms=took_ms)
+            self.events.tell(ended)
 
     def _tokens(self, name: str, prompt: str, max_tokens: int) -> Iterator[str]:
         good, wrong = random.Random(prompt), random.Random(prompt + "!")
