@@ -31,6 +31,7 @@ from ghostserve.arena.control import (
 from ghostserve.arena.memfd import Segment
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.codec.base import Bytes
+from ghostserve.events.kinds import KeeperDied, KeeperGivenUp, KeeperRestarted
 from ghostserve.shadow.keeper_client import KeeperClient
 from ghostserve.shadow.keeper_messages import (
     Answer,
@@ -306,6 +307,8 @@ def test_a_keeper_given_up_is_tried_again_after_a_while(monkeypatch: pytest.Monk
             assert [answer.job for answer in engine.wait_answers(1)] == [1]
             assert not engine.frame(0).any()
             assert not supervisor.control.keeper_given_up
+            told = [event for _, event in supervisor.control.events.look().events]
+            assert KeeperGivenUp(deaths=3, window_s=1.0) in told
         finally:
             engine.close()
 
@@ -314,10 +317,14 @@ def test_killed_while_idle_the_next_one_is_ready() -> None:
     with server() as (supervisor, engine):
         engine.client.submit(engine.encode_job(1))
         engine.wait_answers(1)
-        os.kill(keeper_pid(supervisor), signal.SIGKILL)
+        pid = keeper_pid(supervisor)
+        os.kill(pid, signal.SIGKILL)
         wait_until(lambda: supervisor.control.get(Counter.KEEPER_RESTARTS) == 1, "a restart")
         engine.client.submit(engine.encode_job(2, parity=21))
         engine.check_parity(engine.encode_job(2, parity=21), engine.wait_answers(2)[1])
+        died, restarted = (event for _, event in supervisor.control.events.look().events)
+        assert died == KeeperDied(pid=pid, status=-signal.SIGKILL)
+        assert restarted == KeeperRestarted(pid=keeper_pid(supervisor), restarts=1)
         assert [answer.job for answer in engine.answers] == [1, 2]
 
 

@@ -21,6 +21,7 @@ from ghostserve.errors import UsageError
 CONFIG_ENV = "GHOSTSERVE_CONFIG"
 STANDBYS_MAX = 16
 EVICTIONS_MAX = 3
+EVENT_LOG_BYTES_MIN, EVENT_LOG_FILES_MAX = 4096, 1000
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
@@ -144,6 +145,20 @@ class GhostConfig:
     enable_fault_injection: bool = _option(
         False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
     )
+    event_log: str | None = _option(
+        None,
+        "also write what `ghostserve events` shows to this file, a JSON object per line; a disk that is full does not "
+        "stop the server",
+        type=str,
+        metavar="FILE",
+    )
+    event_log_max_bytes: int = _option(
+        parse_bytes("64Mi"),
+        "size at which --event-log begins a new file, e.g. 64Mi",
+        type=_bytes_argument,
+        metavar="BYTES",
+    )
+    event_log_files: int = _option(5, "files of --event-log that are kept, FILE, FILE.1, ...", metavar="N")
 
     def __post_init__(self) -> None:
         if self.parity_shards < 1:
@@ -171,6 +186,16 @@ class GhostConfig:
             raise UsageError(f"--hang-timeout {self.hang_timeout}: must not be negative; 0 turns it off")
         if not 0 <= self.restore_cached_within < math.inf:
             raise UsageError(f"--restore-cached-within {self.restore_cached_within}: must not be negative")
+        if self.event_log is not None and self.protection == "none":
+            raise UsageError(
+                "--event-log needs --protection parity or replica: without protection nothing is told"
+            )
+        if self.event_log_max_bytes < EVENT_LOG_BYTES_MIN:
+            raise UsageError(
+                f"--event-log-max-bytes {self.event_log_max_bytes}: at least {EVENT_LOG_BYTES_MIN} are needed"
+            )
+        if not 1 <= self.event_log_files <= EVENT_LOG_FILES_MAX:
+            raise UsageError(f"--event-log-files {self.event_log_files}: 1 to {EVENT_LOG_FILES_MAX}")
         for name in ("hang_factor", "slow_factor"):
             if not 1 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 1")

@@ -37,6 +37,8 @@ def ghostserve(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedP
         (("--no-such-flag",), "no-such-flag"),
         (("--host-memory", "lots"), "--host-memory: 'lots' is not an amount of memory"),
         (("--scrub-rate", "fast"), "--scrub-rate: 'fast' is not an amount of memory"),
+        (("--event-log", "/no/such/folder/events"), "--event-log /no/such/folder/events: No such file"),
+        (("--event-log", "x", "--protection", "none"), "--event-log needs --protection parity or replica"),
         (("--parity-shards", "0"), "--parity-shards 0"),
         (("--parity-shards", "255"), "--parity-shards 255"),
         (("--pipeline-parallel-size", "2"), "--pipeline-parallel-size > 1"),

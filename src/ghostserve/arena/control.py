@@ -12,6 +12,7 @@ lock between processes and no count is lost.
     20480  counters            a lane of 64 u64 per writer
     57344  state document      a shared record
    262144  progress            8 u64 per rank
+   270336  events              a ring per writer and class (`event_rings.py`)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ghostserve.arena.event_rings import RINGS_BYTES, EventRings, Teller
 from ghostserve.arena.faults import TABLE_BYTES, FaultTable
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.names import (
@@ -46,16 +48,17 @@ __all__ = [
     "ControlPage", "Counter", "Fault", "FaultAction", "FaultPoint", "Mark", "Progress", "Stamp", "StampStatus", "Switch",
 ]  # fmt: skip
 
-CONTROL_BYTES = 264 << 10
+CONTROL_BYTES = (264 << 10) + -(-RINGS_BYTES // 4096) * 4096
 RANKS_MAX = 64
 STATE_MAX_BYTES = 96 << 10
 LANE_FRONT, LANE_ENGINE, LANE_KEEPER = range(RANKS_MAX, RANKS_MAX + 3)  # lanes below are the ranks'
 
-VERSION = 4
+VERSION = 5
 _MAGIC = int.from_bytes(b"ghostsrv", "little")
 _MASK = (1 << 64) - 1
 _MAGIC_WORD, _VERSION_WORD, _EPOCH_WORD, _KEEPER_PID_WORD, _KEEPER_OFF_WORD = range(5)
-_SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS = (
+_TELLERS = {LANE_ENGINE: Teller.ENGINE, LANE_FRONT: Teller.FRONT}
+_SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS, _EVENTS = (
     128,
     512,
     4096,
@@ -63,6 +66,7 @@ _SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS = (
     20480,
     57344,
     262144,
+    270336,
 )
 _STAMP_BYTES, _MARKS_PER_RANK, _LANE_WORDS, _LANES, _PROGRESS_WORDS = 128, 16, 64, RANKS_MAX + 3, 8
 _STAMP = struct.Struct("<QQQd")  # epoch, step, status, at_s
@@ -99,6 +103,9 @@ class ControlPage:
         self._counters: npt.NDArray[np.uint64] = lanes.view(np.uint64).reshape(_LANES, _LANE_WORDS)
         progress = segment.array[_PROGRESS : _PROGRESS + 8 * _PROGRESS_WORDS * RANKS_MAX]
         self._progress: npt.NDArray[np.uint64] = progress.view(np.uint64).reshape(RANKS_MAX, _PROGRESS_WORDS)
+        self.events = EventRings(
+            view[_EVENTS : _EVENTS + RINGS_BYTES], teller=None if lane is None else _TELLERS.get(lane)
+        )
         state_bytes = SharedRecord.required_bytes(STATE_MAX_BYTES)
         self._state = SharedRecord(view[_STATE : _STATE + state_bytes], payload_max_bytes=STATE_MAX_BYTES)
 

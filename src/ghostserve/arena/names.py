@@ -47,6 +47,8 @@ class Counter(IntEnum):
     SCRUB_REFUSED_TOTAL = auto()  # of those: given up; what was in the block is recomputed or protected anew
     KV_NAN_TOTAL = auto()  # elements of KV that were coded
     KV_INF_TOTAL = auto()
+    EVENTS_LOST_TOTAL = auto()  # overwritten in shared memory before the front process took them in
+    EVENT_LOG_ERRORS_TOTAL = auto()  # times that --event-log could not be written; tried again each second
 
 
 class Switch(IntEnum):

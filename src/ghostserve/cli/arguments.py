@@ -27,13 +27,15 @@ def new_parser(verb: str, description: str) -> Parser:
     return Parser(prog=f"ghostserve {verb}", description=description, allow_abbrev=False)
 
 
-def add_server_options(parser: argparse.ArgumentParser) -> None:
+def add_server_options(
+    parser: argparse.ArgumentParser, *, as_json: str = "print one JSON object on one line"
+) -> None:
     """`--url`, `--api-key` and `--json`."""
     parser.add_argument("--url", help=f"the server's address (default: ${URL_VARIABLE}, or {DEFAULT_URL})")
     parser.add_argument(
         "--api-key", help=f"the server's key (default: ${KEY_VARIABLES[0]} or ${KEY_VARIABLES[1]})"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    parser.add_argument("--json", action="store_true", help=as_json)
 
 
 def admin_of(options: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> AdminClient:

@@ -24,6 +24,8 @@ VERBS = {
     "serve": "serve a model over the OpenAI API; takes every flag of vLLM's own server",
     "status": "show a running server's workers, shadow and recoveries",
     "kill": "have a running server suffer a fault, by default the death of a worker",
+    "events": "show what has happened on a server, and with --follow what happens next",
+    "story": "tell everything that happened to one request or one rank",
     "demo": "kill a worker in the middle of an answer and check that the answer goes on unchanged",
     "bench": "measure what the codec reaches on this machine",
     "chaos": "load a server, have faults of all kinds strike it, and compare every answer",
@@ -32,7 +34,7 @@ VERBS = {
 NEEDS_PLATFORM = frozenset({"serve", "demo", "chaos"})
 """The verbs that start a server here; the others only ask one, which may be elsewhere."""
 HELP = frozenset({"-h", "--help"})
-ONLY_TELLS = HELP | {"help", "-V", "--version", "status"}
+ONLY_TELLS = HELP | {"help", "-V", "--version", "status", "events", "story"}
 """What is done once it has said what it knows, whether or not anyone read it to the end."""
 EXIT_UNHEARD = 1
 

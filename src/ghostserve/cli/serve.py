@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ghostserve.arena.control import ControlPage
 from ghostserve.config import GhostConfig
+from ghostserve.errors import GhostserveError
 from ghostserve.web.security import demand_sendable_key
 
 
@@ -20,21 +22,48 @@ def main(argv: Sequence[str]) -> int:
     os.environ[PLATFORM_ENV] = "1"
     from ghostserve.engine.server import serve
 
-    return serve(argv, mount)
+    at_end: list[Callable[[int], None]] = []
+    code = GhostserveError.exit_code
+    try:
+        code = serve(argv, partial(mount, at_end=at_end))
+    except GhostserveError as error:
+        code = error.exit_code
+        raise
+    finally:
+        for end in at_end:
+            end(code)
+    return code
 
 
-def mount(app: Any, page: ControlPage | None, arguments: Namespace, config: GhostConfig) -> None:
-    """Add our routes to vLLM's app. Without protection there is nothing to show. Raises UsageError."""
+def mount(
+    app: Any,
+    page: ControlPage | None,
+    arguments: Namespace,
+    config: GhostConfig,
+    *,
+    at_end: list[Callable[[int], None]] | None = None,
+) -> None:
+    """Add our routes to vLLM's app. Without protection there is nothing to show. Raises UsageError.
+
+    What runs beside the app is ended by what is put into `at_end`, called with the exit status; without it, with the process.
+    """
     if page is None:
         return
+    from ghostserve.cli.serve_events import KeptEvents
     from ghostserve.web.routes import build_router
 
+    kept = KeptEvents(page, config, traced=bool(getattr(arguments, "otlp_traces_endpoint", None)))
+    if at_end is not None:
+        at_end.append(kept.close)
+    app.state.ghostserve_events = kept.log
     app.include_router(
         build_router(
             page,
             api_keys=api_keys_of(arguments, os.environ),
             fault_injection=config.enable_fault_injection,
             bound_host=arguments.host,
+            events=kept.log,
+            tell=page.events.tell,
         )
     )
 

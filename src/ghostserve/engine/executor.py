@@ -38,6 +38,7 @@ from ghostserve.engine.settings import Settings
 from ghostserve.engine.start import Starter
 from ghostserve.engine.status import StatusWriter
 from ghostserve.engine.watch import Watch, size_of
+from ghostserve.events.kinds import ServerGaveUp
 from ghostserve.shadow.commit_rule import first_unfinished, has_failed
 from ghostserve.shadow.packed_pieces import pack_pieces
 
@@ -359,6 +360,7 @@ class GhostExecutor(MultiprocExecutor):
     def give_up(self, reason: str) -> None:
         """The group cannot be repaired: clients get an error and the process ends."""
         logger.critical("giving up: %s", reason)
+        self.session.page.events.tell(ServerGaveUp(reason=reason))
         self.status.failed = reason
         self.status.write()
         self.is_failed = True

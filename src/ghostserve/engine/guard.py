@@ -29,6 +29,7 @@ from ghostserve.engine.drought import Drought
 from ghostserve.engine.messages import ArenaGeometry, RankLayout
 from ghostserve.engine.request_state import increment_of
 from ghostserve.errors import CorruptionError
+from ghostserve.events.kinds import ProtectionLost, ProtectionRegained
 from ghostserve.shadow.keeper_client import KeeperClient
 from ghostserve.shadow.keeper_messages import Answer, Geometry, ScrubDone, WipeDone
 from ghostserve.shadow.manifest import BlockState, Manifest, Piece
@@ -157,8 +158,9 @@ class Guard:
             with self.lock:
                 self._drought.step(self.page, self.protection.manifest.pool)
                 return self.protection.plan(increment_of(scheduler_output))
-        except Exception:
+        except Exception as error:
             logger.exception("the shadow could not plan a step: protection is off until nothing is served")
+            self.page.events.tell(ProtectionLost(reason=f"a step could not be planned: {error}"))
             self.page.add(Counter.SHADOW_ERRORS_TOTAL)
             with self.lock:
                 self.protection.give_up()
@@ -244,6 +246,7 @@ class Guard:
             with self.lock:
                 if self.protection.start_again():
                     logger.warning("the shadow protects again what comes from here on")
+                    self.page.events.tell(ProtectionRegained())
 
     def sweep(self) -> None:
         """Give up every block that nothing may read any more; for idle time."""

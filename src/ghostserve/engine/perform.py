@@ -26,8 +26,10 @@ from ghostserve.engine import weights_identity
 from ghostserve.engine.messages import JoinMessage, RegroupMessage
 from ghostserve.engine.open_report import OpenReport
 from ghostserve.engine.rebuild import Rebuild
+from ghostserve.engine.recovery_events import End, raise_epoch, tell_end, tell_failed_phases, tell_failed_step
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.errors import EngineLost, GhostserveError
+from ghostserve.events import kinds
 from ghostserve.recovery.loss_rate import LossRate
 from ghostserve.recovery.machine import (
     NOBODY,
@@ -103,7 +105,7 @@ class Performer:
         if self._report is None:
             self._open_report(failure)
         elif isinstance(failure, RanksDied | RankSilent):
-            self._report.lose(failure.ranks, self._executor.workers)
+            self._report.lose(failure, self._executor.workers)
         events: deque[Event] = deque([self._event_of(failure)])
         while events:
             for action in self._machine.handle(events.popleft(), monotonic_s()):
@@ -111,22 +113,22 @@ class Performer:
                     case Fence(ranks=ranks):
                         self._fence(ranks)
                     case RaiseEpoch(epoch=epoch):
-                        self._page.epoch = epoch
-                        logger.warning("epoch %d: %s", epoch, self._report.reason if self._report else "")
+                        raise_epoch(self._page, epoch, self._report.reason if self._report else "")
                     case Run():
                         events.extend(self._run(action))
                     case RetryStep():
-                        self.phase = Phase.RETRY
+                        self._begin(Phase.RETRY)
                         return Outcome.RETRY
                     case Resume():
-                        self._close_report(ok=True)
+                        self._close_report(End.RECOVERED)
                         return Outcome.RETRY
                     case FailStep(reason=reason):
                         logger.error("the step is given up, its requests get an error: %s", reason)
-                        self._close_report(ok=False, end="recovered, less the requests of a step")
+                        tell_failed_step(self._executor, reason)
+                        self._close_report(End.STEP_FAILED)
                         return Outcome.STEP_FAILED
                     case GiveUp(reason=reason):
-                        self._close_report(ok=False, end="not recovered")
+                        self._close_report(End.GIVEN_UP)
                         self._executor.give_up(reason)
                         raise EngineLost(reason)
         # Nothing to do: the loss was repaired before, and a step that it interrupted is sent again.
@@ -137,7 +139,7 @@ class Performer:
         """A step was accepted; the end of a recovery if one was waiting for it."""
         self._machine.handle(StepAccepted(self.epoch), monotonic_s())
         if self._report is not None:
-            self._close_report(ok=True)
+            self._close_report(End.RECOVERED)
 
     # -- events ----------------------------------------------------------------------------------------
 
@@ -145,6 +147,7 @@ class Performer:
         in_flight = bool(self._executor.open_steps)
         if isinstance(failure, RankRaised):
             reason = failure.reason.splitlines()[0]
+            self._page.events.tell(kinds.StepRaised(reason=reason))
             return StepRaised(ranks=self._own_errors(), reason=reason, epoch=self.epoch)
         return RanksLost(
             ranks=failure.ranks,
@@ -168,12 +171,14 @@ class Performer:
     def _run(self, run: Run) -> list[Event]:
         """Perform a group of phases; the events that tell how it went."""
         events = self._try(run)
+        tell_failed_phases(self._page.events, events)
         if any(isinstance(event, RanksLost | PhaseFailed) for event in events):
             self._executor.starter.meeting.close()  # who waits there for somebody who is gone leaves
         return events
 
     def _try(self, run: Run) -> list[Event]:
-        self.phase = run.phases[0]
+        self._begin(run.phases[0])
+        assert self.phase is not None
         try:
             if Phase.LEAVE in run.phases:
                 self._leave()
@@ -183,7 +188,7 @@ class Performer:
                 self._restore(with_kv=Phase.KV in run.phases)
         except (RanksDied, RankSilent) as failure:
             if self._report is not None:
-                self._report.lose(failure.ranks, self._executor.workers)
+                self._report.lose(failure, self._executor.workers)
             return [RanksLost(ranks=failure.ranks, reason=failure.reason, epoch=run.epoch)]
         except CannotReplace as failure:
             logger.critical("%s", failure)
@@ -208,6 +213,7 @@ class Performer:
         for rank in ranks:
             worker = self._executor.workers[rank]
             worker.proc.kill()
+            self._page.events.tell(kinds.RankFenced(rank=rank, pid=worker.proc.pid))
             worker.proc.join(timeout=self._config.leave_timeout)
             if worker.death_writer is not None:
                 worker.death_writer.close()
@@ -312,7 +318,7 @@ class Performer:
         marks = [self._page.marks(rank) for rank in lost]
         for phase, mark in ((Phase.SPAWN, Mark.IMPORTS_DONE), (Phase.REGROUP, Mark.GROUPS_READY)):
             times = [found[mark] for found in marks if mark in found]
-            self._report.clock.mark(phase, max(times, default=monotonic_s()))
+            self._report.mark(phase, max(times, default=monotonic_s()))
         self._mark(Phase.WEIGHTS if lost else Phase.REGROUP)
 
     def _restore(self, *, with_kv: bool) -> None:
@@ -330,7 +336,7 @@ class Performer:
         rebuild.roll_back(timeout_s=quick_s)
         self._mark(Phase.STATE)
         if with_kv:
-            self.phase = Phase.KV
+            self._begin(Phase.KV)
             result = rebuild.restore_kv(timeout_s=quick_s)
         else:
             result = rebuild.recompute_half_collected(timeout_s=quick_s)
@@ -356,28 +362,35 @@ class Performer:
         self._report = OpenReport(
             clock=PhaseClock(min(noticed_s, now_s) if noticed_s is not None else now_s),
             reason=str(failure),
+            events=self._page.events,
         )
         if isinstance(failure, RanksDied | RankSilent):
-            self._report.lose(failure.ranks, self._executor.workers)
+            self._report.lose(failure, self._executor.workers)
         self._page.add(Counter.FAILURES_TOTAL)
-        self._report.clock.mark(Phase.DETECT, now_s)
+        self._report.mark(Phase.DETECT, now_s)
         self._executor.status.write()
+
+    def _begin(self, phase: Phase) -> None:
+        self.phase = phase
+        if self._report is not None:
+            self._report.begin(phase)
 
     def _mark(self, phase: Phase) -> None:
         if self._report is not None:
-            self._report.clock.mark(phase, monotonic_s())
+            self._report.mark(phase, monotonic_s())
         self._executor.status.write()
 
-    def _close_report(self, *, ok: bool, end: str = "recovered") -> None:
+    def _close_report(self, end: End) -> None:
         report, self._report, self.phase = self._report, None, None
         self._executor.starter.standbys.calm()
         self._executor.monitor.noticed_at_s = None
         if report is None:
             return
-        report.clock.mark(Phase.RETRY, monotonic_s())
-        finished = report.close(epoch=self.epoch, ok=ok)
+        report.mark(Phase.RETRY, monotonic_s())
+        finished = report.close(epoch=self.epoch, ok=end is End.RECOVERED)
         self.reports.append(finished)
         del self.reports[:-16]
         self._page.add(Counter.RECOVERIES_TOTAL)
-        logger.warning("%s: %s", end, finished.to_json())
+        logger.warning("%s: %s", end.value, finished.to_json())
+        tell_end(self._executor, finished, end)
         self._executor.status.write()

@@ -14,6 +14,7 @@ from typing import Any
 
 from ghostserve.arena.control import Counter, Switch
 from ghostserve.clock import monotonic_s
+from ghostserve.engine import request_events
 from ghostserve.engine.budget import REBUILD_BLOCKS
 from ghostserve.engine.in_flight import unwritten, without
 from ghostserve.engine.messages import RestoreReport, StateMessage
@@ -259,6 +260,10 @@ class Rebuild:
             for request in scheduler.running
             if request.request_id in affected
         )
+        reason = (
+            f"{len(lost_blocks)} KV blocks were not rebuilt" if lost_blocks else "log-probabilities are gone"
+        )
+        request_events.recomputed(self._page.events, scheduler, affected, coming.scheduled, reason)
         leave_steps(self._executor, affected, coming, lost_blocks)
         self.roll_back(timeout_s=timeout_s)
         self._page.add(Counter.TOKENS_RECOMPUTED_TOTAL, tokens)
@@ -286,6 +291,8 @@ def give_up_steps(executor: Any, *, failing: set[str]) -> None:
     _, used = scheduler.needed_slots(view, coming)
     requests = coming.with_sharers(coming.scheduled.keys(), used) - failing
     gone = coming.blocks().keys()
+    events, reason = executor.session.page.events, "its step was given up for another request"
+    request_events.recomputed(events, scheduler, requests, coming.scheduled, reason)
     scheduler.recompute(requests, forget=gone, known=view.requests)
     for step in executor.open_steps:
         guard.withdraw(step.pieces, gone)

@@ -18,7 +18,7 @@ from vllm.v1.request import RequestStatus
 
 from ghostserve.arena.control import Counter
 from ghostserve.clock import monotonic_s
-from ghostserve.engine import session
+from ghostserve.engine import request_events, session
 from ghostserve.engine.request_state import WorkersView
 from ghostserve.recovery.plan import Context
 from ghostserve.shadow.commit_rule import defers_frees
@@ -86,12 +86,18 @@ class GhostSchedulerMixin(Scheduler):
         with self._session.lock:
             super().add_request(request)
             self._count_open()
+            request_events.admitted(self._session.page.events, request)
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
         with self._session.lock:
             finished = super().finish_requests(request_ids, finished_status)
             self._count_open()
             return finished
+
+    def _free_request(self, request: Any, delay_free_blocks: bool = False) -> Any:
+        """Stock vLLM's last word about a request, whatever it ended by: its status says so by then."""
+        request_events.ended(self._session.page.events, request)
+        return super()._free_request(request, delay_free_blocks)
 
     def _count_open(self) -> None:
         self._session.page.set(Counter.REQUESTS_OPEN, len(self.requests))

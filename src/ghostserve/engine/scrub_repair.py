@@ -16,6 +16,7 @@ from ghostserve.engine.messages import RepairReport
 from ghostserve.engine.rebuild import Rebuild
 from ghostserve.engine.ring import RankRaised, RankSilent
 from ghostserve.errors import GhostserveError
+from ghostserve.events.kinds import ScrubFinding
 from ghostserve.shadow.manifest import Manifest
 from ghostserve.shadow.packed_pieces import pack_pieces
 from ghostserve.shadow.restore import restores
@@ -24,6 +25,7 @@ from ghostserve.shadow.scrub import Check, Finding, Part, Remedy, kv_check, reme
 logger = logging.getLogger(__name__)
 
 FINDINGS_KEPT = 16
+LAYERS_TOLD = 8
 PATIENCE_FACTOR = (
     2.0  # times --hang-timeout, for milliseconds of work, and as long again before a rank is fenced
 )
@@ -32,6 +34,21 @@ MISMATCHES = {
     Part.MIRROR: Counter.SCRUB_MIRROR_MISMATCHES_TOTAL,
     Part.PARITY: Counter.SCRUB_PARITY_MISMATCHES_TOTAL,
 }
+
+
+def event_of(finding: Finding) -> ScrubFinding:
+    """For the event log."""
+    of_parity = finding.part == Part.PARITY.value
+    return ScrubFinding(
+        rank=None if of_parity else finding.index,
+        shard=finding.index if of_parity else None,
+        part=finding.part,
+        block=finding.block,
+        repaired=finding.repaired,
+        remedy=finding.remedy,
+        reason=finding.reason,
+        layers=list(finding.layers[:LAYERS_TOLD]),
+    )
 
 
 class NotScrubbed(GhostserveError):
@@ -186,6 +203,7 @@ class ScrubRepair:
             reason=report.reason,
         )
         self.findings.append(finding)
+        self._page.events.tell(event_of(finding))
         if report.ok:
             self._page.add(Counter.SCRUB_REPAIRED_TOTAL)
         elif remedy is not Remedy.FORGET:

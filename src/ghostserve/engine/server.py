@@ -13,6 +13,7 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -31,7 +32,9 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
+import ghostserve
 from ghostserve.arena.control import ControlPage
+from ghostserve.clock import monotonic_s
 from ghostserve.codec.matrix import check_size
 from ghostserve.config import CONFIG_ENV, GhostConfig
 from ghostserve.engine import leftovers, logs
@@ -41,12 +44,15 @@ from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
 from ghostserve.engine.settings import Settings
 from ghostserve.engine.status import why_refused
 from ghostserve.errors import EngineLost, GhostserveError, StartError, UnsupportedError, UsageError
+from ghostserve.events.file import EventFile
+from ghostserve.events.kinds import Event, ServerDraining, ServerServing, ServerStarted
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 
 logger = logging.getLogger(__name__)
 
 KEEPER_START_S = 10.0
 LAST_WORDS_S = 5.0  # for answers that are under way once the engine has ended
+RESPONSE_METRICS = "ghostserve.web.response_metrics.ResponseMetrics"  # by name: it is a layer above
 RUN_DIRECTORY_CHARS_MAX = 107 - len("/") - 36  # a Unix socket's path, less vLLM's file name (a UUID)
 
 # Called with the app, the control page (None without protection), the parsed arguments and our configuration.
@@ -99,6 +105,10 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
         return _run(arguments, config, mount, page=None)
     refuse_arguments(arguments)
     _refuse_parity(arguments, config)
+    if config.event_log is not None:  # at once, not when the engine is up
+        EventFile(
+            Path(config.event_log), max_bytes=config.event_log_max_bytes, files=config.event_log_files
+        ).close()
     _demand_our_platform()
     Settings(config=config).memory_budget_bytes()
     _use_our_parts(arguments, config)
@@ -108,6 +118,7 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
         if len(str(directory)) <= RUN_DIRECTORY_CHARS_MAX:
             os.environ.setdefault("VLLM_RPC_BASE_PATH", str(directory))
         with KeeperSupervisor() as keeper:
+            keeper.control.events.tell(_started(arguments))
             keeper.wait_ready(timeout_s=KEEPER_START_S)
             os.environ.update(keeper.environment())
             try:
@@ -116,6 +127,11 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
                 leftovers.end_processes(keeper.control.read_state())
     finally:
         leftovers.remove_run_directory(directory)
+
+
+def _started(arguments: Namespace) -> ServerStarted:
+    model, ranks = str(arguments.model), int(arguments.tensor_parallel_size)
+    return ServerStarted(pid=os.getpid(), version=ghostserve.__version__, model=model, ranks=ranks)
 
 
 def _refuse_parity(arguments: Namespace, config: GhostConfig) -> None:
@@ -132,6 +148,8 @@ def _use_our_parts(arguments: Namespace, config: GhostConfig) -> None:
     arguments.distributed_executor_backend = "ghostserve.engine.executor.GhostExecutor"
     arguments.worker_cls = f"ghostserve.engine.worker.{worker}"
     arguments.scheduler_cls = "ghostserve.engine.scheduler.make_scheduler"
+    if arguments.enable_per_request_metrics:
+        arguments.middleware = [*arguments.middleware, RESPONSE_METRICS]
     os.environ[ASYNC_ENV] = "1" if arguments.async_scheduling else "0"
     os.environ[CONFIG_ENV] = config.to_json()
     if arguments.enforce_eager:
@@ -186,11 +204,14 @@ class _Engine(AsyncLLM):
 
     lost = False
     _stopped = False
+    on_shutdown: Callable[[float], None] | None = None
 
     def shutdown(self, timeout: float | None = None) -> None:
         if not self._stopped:
             self._stopped = True
             self.lost = hasattr(self, "engine_core") and bool(self.errored)
+            if self.on_shutdown is not None and not self.lost:
+                self.on_shutdown(timeout or 0.0)
         super().shutdown(timeout)
 
 
@@ -204,6 +225,7 @@ class _Server:
         self._config = config
         self._mount = mount
         self._page = page
+        self._began_s = monotonic_s()
         self.serving = False
         self.engine_lost = False
         self.interrupted = False
@@ -247,6 +269,7 @@ class _Server:
             )
         try:
             await engine.reset_mm_cache()
+            engine.on_shutdown = lambda timeout_s: self._tell(ServerDraining(timeout_s=timeout_s))
             yield engine
         finally:
             engine.shutdown(timeout=vllm_config.shutdown_timeout)
@@ -263,6 +286,7 @@ class _Server:
         await init_app_state(engine, app.state, arguments, tasks)
         logger.info("Starting ghostserve on %s", address)
         self.serving = True
+        self._tell(ServerServing(start_s=monotonic_s() - self._began_s))
         interrupts = asyncio.get_running_loop().create_task(self._note_interrupts(app))
         try:
             return await serve_http(
@@ -287,6 +311,10 @@ class _Server:
             )
         finally:
             interrupts.cancel()
+
+    def _tell(self, event: Event) -> None:
+        if self._page is not None:
+            self._page.events.tell(event)
 
     async def _note_interrupts(self, app: Any) -> None:
         """Once vLLM has installed its handlers: Ctrl-C ends as SIGTERM does, but is remembered."""

@@ -18,6 +18,7 @@ import psutil
 from ghostserve.clock import monotonic_s
 from ghostserve.engine.process import start_time
 from ghostserve.engine.spawn import WAITING, Place, StartedProcess
+from ghostserve.events.kinds import Event, StandbyDied, StandbyReady
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,15 @@ class Standby:
 class Standbys:
     """Kept by a thread of its own, as a fork server that died takes seconds to come back; taken by whoever recovers."""
 
-    def __init__(self, start: Callable[[], StartedProcess], *, wanted: int) -> None:
+    def __init__(
+        self,
+        start: Callable[[], StartedProcess],
+        *,
+        wanted: int,
+        tell: Callable[[Event], object] = lambda event: None,
+    ) -> None:
         self._start = start
+        self._tell = tell
         self.wanted = wanted
         self._lock = threading.Lock()
         self._standbys: list[Standby] = []
@@ -150,13 +158,18 @@ class Standbys:
         ]
 
     def _look(self, standby: Standby, now_s: float) -> None:
+        waited = standby.waiting
         self._hear(standby)
+        if standby.waiting and not waited:
+            self._tell(StandbyReady(pid=self._pid(standby), start_ms=(now_s - standby.since_s) * 1e3))
         overdue = not standby.waiting and now_s - standby.since_s > START_TIMEOUT_S
         if standby.alive and not overdue:
             if now_s - standby.measured_s > MEMORY_PERIOD_S and standby.waiting:
                 standby.measured_s, standby.memory_bytes = now_s, _own_memory_bytes(self._pid(standby))
             return
-        logger.warning("standby %d %s", self._pid(standby), "did not start" if standby.alive else "ended")
+        reason = "did not start" if standby.alive else "ended"
+        logger.warning("standby %d %s", self._pid(standby), reason)
+        self._tell(StandbyDied(pid=self._pid(standby), reason=reason))
         self._standbys.remove(standby)
         standby.end()
         self._deaths.append(now_s)

@@ -19,6 +19,7 @@ from ghostserve.engine.rendezvous import Meeting
 from ghostserve.engine.settings import Settings
 from ghostserve.engine.spawn import Place, StartedProcess, WorkerStart, fork_server, start_process
 from ghostserve.engine.standbys import Standbys
+from ghostserve.events.kinds import RankTaken
 
 HANDSHAKE_S = 60.0
 START_LEAST_S, START_FACTOR = 20.0, 3.0
@@ -37,7 +38,9 @@ class Starter:
         self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
         self._timeout_s = settings.config.start_timeout
         self._took_s: float | None = None  # the longest start so far; the first one imports everything
-        self.standbys = Standbys(self.start_standby, wanted=settings.standbys())
+        self.standbys = Standbys(
+            self.start_standby, wanted=settings.standbys(), tell=executor.session.page.events.tell
+        )
 
     def start_all(self) -> None:
         """Start every rank and wait until all are ready. Raises if one is not."""
@@ -96,10 +99,18 @@ class Starter:
         self._executor.session.page.clear_progress(rank)
         place = self._place(rank, join_at=join_at)
         if join_at is not None and (standby := self.standbys.take()) is not None:
-            return standby.send_to(place)
+            handle = standby.send_to(place)
+            self._tell_taken(rank, handle, standby=True)
+            return handle
         # At the server's start the fork server imports everything first, from a cold disk perhaps.
         timeout_s = math.inf if join_at is None else self._timeout_s
-        return start_process(self._context, self.worker_start(), place, timeout_s=timeout_s).handle(rank)
+        handle = start_process(self._context, self.worker_start(), place, timeout_s=timeout_s).handle(rank)
+        if join_at is not None:
+            self._tell_taken(rank, handle, standby=False)
+        return handle
+
+    def _tell_taken(self, rank: int, handle: Any, *, standby: bool) -> None:
+        self._executor.session.page.events.tell(RankTaken(rank=rank, pid=handle.proc.pid, standby=standby))
 
     def start_standby(self) -> StartedProcess:
         """A process that waits to be told its rank."""

@@ -18,6 +18,7 @@ from ghostserve.engine.in_flight import OpenStep
 from ghostserve.engine.process import is_stopped
 from ghostserve.engine.ring import RankSilent
 from ghostserve.engine.starvation import Starvation
+from ghostserve.events.kinds import RankNotSlow, RankSlow
 from ghostserve.recovery.costs import MeasuredCosts
 from ghostserve.recovery.detector import (
     Detector,
@@ -181,8 +182,10 @@ class Watch:
         slow = {found.rank: found for found in self._slow.look(monotonic_s(), works, epoch=epoch)}
         for rank in slow.keys() - self._slow_ranks.keys():
             logger.warning("rank %d is slow: %s", rank, slow[rank].reason)
+            self._page.events.tell(RankSlow(rank=rank, reason=slow[rank].reason))
         for rank in self._slow_ranks.keys() - slow.keys():
             logger.warning("rank %d is no longer slow", rank)
+            self._page.events.tell(RankNotSlow(rank=rank))
         self._slow_ranks = slow
         if slow and self._executor.settings.config.evict_slow:
             why = "; ".join(f"rank {rank} is slow: {found.reason}" for rank, found in slow.items())

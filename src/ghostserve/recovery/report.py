@@ -22,11 +22,19 @@ class PhaseClock:
         self._last_s = started_at_s
         self._spent_s: dict[Phase, float] = dict.fromkeys(Phase, 0.0)
 
-    def mark(self, phase: Phase, now_s: float) -> None:
-        """`phase` ends now. A time before the last mark, as read by another thread, counts as that mark."""
-        now_s = max(now_s, self._last_s)
-        self._spent_s[phase] += now_s - self._last_s
-        self._last_s = now_s
+    def mark(self, phase: Phase, now_s: float) -> float:
+        """`phase` ends now; what it is charged with. A time before the last mark, as read by another thread, counts as
+        that mark.
+        """
+        spent_s = max(now_s, self._last_s) - self._last_s
+        self._spent_s[phase] += spent_s
+        self._last_s += spent_s
+        return spent_s
+
+    @property
+    def last_s(self) -> float:
+        """The last mark, or the start."""
+        return self._last_s
 
     @property
     def started_at_s(self) -> float:

@@ -29,6 +29,7 @@ from ghostserve.arena.control import CONTROL_BYTES, LANE_FRONT, ControlPage, Cou
 from ghostserve.arena.memfd import Segment
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import GhostserveError
+from ghostserve.events.kinds import KeeperDied, KeeperGivenUp, KeeperRestarted
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class KeeperSupervisor:
                     "the keeper died %d times in %g s: no parity for as long", len(starts), self._window_s
                 )
                 self.control.keeper_given_up = True
+                self.control.events.tell(KeeperGivenUp(deaths=len(starts), window_s=self._window_s))
                 starts.clear()
                 # Not for good: nobody else wipes frames, and without that no block could be protected in the end.
                 self._serve_until(None, timeout_s=self._window_s)
@@ -135,6 +137,8 @@ class KeeperSupervisor:
         try:
             pidfd = os.pidfd_open(process.pid)
             self.control.keeper_pid = process.pid
+            if restarts := self.control.get(Counter.KEEPER_RESTARTS):
+                self.control.events.tell(KeeperRestarted(pid=process.pid, restarts=restarts))
             self._serve_until(pidfd)
         finally:
             self.control.keeper_pid = None
@@ -147,6 +151,8 @@ class KeeperSupervisor:
                 os.close(pidfd)
         if not self._closing:
             logger.warning("keeper %d ended with status %s", process.pid, process.returncode)
+            if process.returncode is not None:
+                self.control.events.tell(KeeperDied(pid=process.pid, status=process.returncode))
 
     def _serve_until(self, pidfd: int | None, *, timeout_s: float = math.inf) -> None:
         """Hand out descriptors until the process of `pidfd` ends, the time is over, or `close` is called."""

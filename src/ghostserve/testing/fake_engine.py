@@ -7,6 +7,8 @@ what follows a loss is other text; with `force_recompute` the recovery reports t
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import random
@@ -15,8 +17,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from ghostserve.arena.event_rings import RINGS_BYTES, EventRings, Teller
 from ghostserve.arena.names import Counter, Fault, Switch
-from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.clock import monotonic_s, sleep_s, wall_s
+from ghostserve.events import kinds
+from ghostserve.events.log import EventLog
 from ghostserve.types import Phase
 from ghostserve.web.processes import read_start_time_ticks
 
@@ -48,6 +53,11 @@ class FakeEngine:
         self.corrupt = False
         self.state = "serving"
         self.lock = threading.Lock()
+        self.open: dict[str, int] = {}  # tokens shown, by request
+        self.memory = memoryview(bytearray(RINGS_BYTES))
+        self.events = EventRings(self.memory, teller=Teller.ENGINE)
+        self.log = EventLog(EventRings(self.memory, teller=None).look, base=int(wall_s() * 1e6))
+        self._requests = itertools.count()
         self.workers = [self._spawn() for _ in range(ranks)]
         self.keeper = self._spawn()
 
@@ -173,9 +183,14 @@ class FakeEngine:
             self.close()
             os._exit(self.exit_code_at_loss)
         pids = [self.workers[rank].pid for rank in lost]
+        for rank, pid in zip(lost, pids, strict=True):
+            self.events.tell(
+                kinds.RankLost(rank=rank, cause="crash", pid=pid, reason=f"process of rank {rank} exited")
+            )
         sleep_s(self.outage_s)
         for rank in lost:
             self.workers[rank] = self._spawn()
+            self.events.tell(kinds.RankTaken(rank=rank, pid=self.workers[rank].pid, standby=False))
         self.epoch += 1
         self.losses += 1
         self.corrupt = self.switches[Switch.SKIP_RESTORE]
@@ -201,14 +216,51 @@ class FakeEngine:
                 "requests_recomputed": int(recompute),
             }
         )
+        self._tell_end(self.recoveries[-1], began_s)
         self.state = "serving"
+
+    def _tell_end(self, report: dict[str, Any], began_s: float) -> None:
+        ended_s = began_s
+        for phase, ms in report["phases_ms"].items():
+            ended_s += ms / 1e3
+            self.events.tell(kinds.PhaseEnded(phase=phase, ms=ms), at_monotonic_s=ended_s)
+        for name, shown in self.open.items():
+            self.events.tell(
+                kinds.RequestResumed(
+                    request=name, epoch=self.epoch, output_tokens=shown, recovery_ms=report["total_ms"]
+                )
+            )
+        names = {item.name for item in dataclasses.fields(kinds.RecoveryEnded)}
+        told = {name: value for name, value in report.items() if name in names}
+        self.events.tell(
+            kinds.RecoveryEnded(**told, ranks=report["lost_ranks"], requests_resumed=len(self.open))
+        )
 
     def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
         """The server-sent events of one answer."""
         self.corrupt = False
+        began_s, name = monotonic_s(), f"cmpl-{next(self._requests)}-0-{0:08x}"
+        self.open[name] = 0
+        self.events.tell(
+            kinds.RequestAdmitted(request=name, prompt_tokens=len(prompt.split()), max_tokens=max_tokens)
+        )
+        try:
+            yield from self._tokens(name, prompt, max_tokens)
+        finally:
+            shown, took_ms = self.open.pop(name), (monotonic_s() - began_s) * 1e3
+            if shown == max_tokens:
+                ended: kinds.Event = kinds.RequestFinished(
+                    request=name, reason="length", output_tokens=shown, total_ms=took_ms
+                )
+            else:
+                ended = kinds.RequestAborted(request=name, output_tokens=shown, total_ms=took_ms)
+            self.events.tell(ended)
+
+    def _tokens(self, name: str, prompt: str, max_tokens: int) -> Iterator[str]:
         good, wrong = random.Random(prompt), random.Random(prompt + "!")
         for index in range(max_tokens):
             self.step()
+            self.open[name] += 1
             drawn = good.randrange(len(WORDS)), wrong.randrange(len(WORDS))
             token = drawn[1] if self.corrupt else drawn[0]
             choice = {

@@ -21,7 +21,10 @@ from ghostserve.web.routes import build_router
 def build_app(engine: FakeEngine, *, api_keys: tuple[str, ...] = (), fault_injection: bool = True) -> FastAPI:
     """The app: our routes over `engine`, and as much of the OpenAI API as the page and the demo use."""
     app = FastAPI()
-    app.include_router(build_router(engine, api_keys=api_keys, fault_injection=fault_injection))
+    router = build_router(
+        engine, api_keys=api_keys, fault_injection=fault_injection, events=engine.log, tell=engine.events.tell
+    )
+    app.include_router(router)
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -61,7 +64,9 @@ def main() -> None:
     )
     try:
         app = build_app(engine, api_keys=tuple(options.api_key))
-        uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+        config = uvicorn.Config(app, host=options.host, port=options.port, log_level="warning")
+        app.state.server = uvicorn.Server(config)  # as vLLM does: streams end when it is told to
+        app.state.server.run()
     finally:
         engine.close()
 

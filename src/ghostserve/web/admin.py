@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,6 +65,21 @@ class AdminClient:
         """The state document, with counters."""
         return self._ask("GET", "/ghostserve/status")
 
+    def events(self, *, after: int, limit: int) -> dict[str, Any]:
+        """What has happened behind `after`: `events`, `next` and `dropped`."""
+        return self._ask("GET", f"/ghostserve/events?after={after}&limit={limit}")
+
+    @contextmanager
+    def stream(self, path: str, *, read_timeout_s: float) -> Iterator[Iterator[str]]:
+        """The lines of a stream. Raises httpx.HTTPError where waiting may help, else as `_ask`."""
+        timeout = httpx.Timeout(TIMEOUT_S, read=read_timeout_s)
+        with self._http.stream("GET", self.url + path, timeout=timeout) as answer:
+            if answer.status_code in (401, 403, 404, 422):
+                answer.read()
+                self._refuse(answer)
+            answer.raise_for_status()
+            yield answer.iter_lines()
+
     def kill_rank(self, rank: int) -> dict[str, Any]:
         """SIGKILL the worker of this rank; the answer names the pid."""
         return self.inflict("crash", rank=rank)
@@ -110,6 +126,11 @@ class AdminClient:
                 f"no server answers at {self.url} ({type(error).__name__}); start one with "
                 "'ghostserve serve MODEL', or name its address with --url"
             ) from error
+        self._refuse(answer)
+        return _as_object(answer)
+
+    def _refuse(self, answer: httpx.Response) -> None:
+        """Raise what an answer with an error means."""
         if answer.status_code == 422:
             raise UsageError(error_sentence(answer.content))
         if answer.status_code == 404:
@@ -123,7 +144,6 @@ class AdminClient:
             raise Refused(f"{error_sentence(answer.content)} (HTTP 409)")
         if answer.is_error:
             raise GhostserveError(f"{error_sentence(answer.content)} (HTTP {answer.status_code})")
-        return _as_object(answer)
 
 
 def _host_of(url: str) -> str:

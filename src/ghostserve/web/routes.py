@@ -5,6 +5,7 @@ the engine core and passed on as it is; the only things added are the page's cou
 be injected.
 
     GET  /ghostserve/status    the state document                  key, or loopback
+    GET  /ghostserve/events    what has happened (events_route.py) the same
     POST /ghostserve/kill      {"rank": R, "how": KIND, ...}       the same, and --enable-fault-injection
     POST /ghostserve/faults    {"point", "rank", "action", ...}    the same; DELETE disarms all
     POST /ghostserve/switches  {NAME: true | false, ...}           the same
@@ -23,7 +24,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,10 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response, params
 
 from ghostserve.arena.names import Fault, Switch
 from ghostserve.errors import BudgetExceeded, UsageError
+from ghostserve.events.kinds import Event, FaultInjected
+from ghostserve.events.log import EventLog
 from ghostserve.web.bodies import parse_fault, parse_kill, parse_switches, read_object
+from ghostserve.web.events_route import add_events
 from ghostserve.web.injection import NotNow, inflict
 from ghostserve.web.security import AccessPolicy, guard
 
@@ -124,9 +128,15 @@ def _fault_as_dict(fault: Fault) -> dict[str, Any]:
 
 
 def build_router(
-    page: Page, *, api_keys: Sequence[str], fault_injection: bool, bound_host: str | None = None
+    page: Page,
+    *,
+    api_keys: Sequence[str],
+    fault_injection: bool,
+    bound_host: str | None = None,
+    events: EventLog | None = None,
+    tell: Callable[[Event], object] = lambda event: None,
 ) -> APIRouter:
-    """The router to mount on the server's app.
+    """The router to mount on the server's app. Injected faults are told to `tell`.
 
     `api_keys` are the keys that the OpenAI routes accept too; with none, the routes answer on loopback only.
     `bound_host` is the value of `--host`, accepted in the Host header beside the loopback names.
@@ -134,13 +144,15 @@ def build_router(
     strangers_out = Depends(guard(AccessPolicy(api_keys=tuple(api_keys), bound_host=bound_host)))
     router = APIRouter(include_in_schema=False)
     _add_status(router, page, fault_injection=fault_injection, dependencies=[strangers_out])
+    if events is not None:
+        add_events(router, events, dependencies=[strangers_out])
 
     def demand_fault_injection() -> None:
         if not fault_injection:
             raise HTTPException(403, "fault injection is off; start the server with --enable-fault-injection")
 
     # In this order: a stranger is not told whether faults could be injected.
-    _add_injection(router, page, dependencies=[strangers_out, Depends(demand_fault_injection)])
+    _add_injection(router, page, tell, dependencies=[strangers_out, Depends(demand_fault_injection)])
     _add_page(router, dependencies=[strangers_out])
     return router
 
@@ -155,13 +167,17 @@ def _add_status(
         return document | (_injections(page) if fault_injection else {})
 
 
-def _add_injection(router: APIRouter, page: Page, *, dependencies: Sequence[params.Depends]) -> None:
+def _add_injection(
+    router: APIRouter, page: Page, tell: Callable[[Event], object], *, dependencies: Sequence[params.Depends]
+) -> None:
     @router.post("/ghostserve/kill", dependencies=dependencies)
     async def kill(request: Request) -> dict[str, Any]:
         state = _state_of(page)
         with _our_errors_as_http():
             order = parse_kill(await read_object(request), ranks_total=len(state["ranks"]))
-            return inflict(page, state, order)
+            done = inflict(page, state, order)
+        tell(FaultInjected(how=done["how"], rank=done["rank"], pid=done["pid"], strikes=done["strikes"]))
+        return done
 
     @router.post("/ghostserve/faults", dependencies=dependencies)
     async def arm_fault(request: Request) -> dict[str, Any]:
@@ -169,6 +185,7 @@ def _add_injection(router: APIRouter, page: Page, *, dependencies: Sequence[para
         with _our_errors_as_http():
             fault = parse_fault(await read_object(request), ranks_total=ranks_total)
             page.arm_fault(fault)
+        tell(FaultInjected(how=fault.action.value, rank=fault.rank, strikes=f"at {fault.point.value}"))
         return {"armed": _fault_as_dict(fault)}
 
     @router.delete("/ghostserve/faults", dependencies=dependencies)

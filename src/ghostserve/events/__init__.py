@@ -1,0 +1,1 @@
+"""What happened: kinds of events, their sentences, the log that keeps them. Knows no process and no shared memory."""
