@@ -12,6 +12,7 @@ lock between processes and no count is lost.
     20480  counters            a lane of 64 u64 per writer
     57344  state document      a shared record
    262144  progress            8 u64 per rank
+   266240  ledger              counts by label, histograms (`ledger.py`)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ghostserve.arena.faults import TABLE_BYTES, FaultTable
+from ghostserve.arena.ledger import LEDGER_BYTES, Ledger
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.names import (
     Counter,
@@ -51,11 +53,11 @@ RANKS_MAX = 64
 STATE_MAX_BYTES = 96 << 10
 LANE_FRONT, LANE_ENGINE, LANE_KEEPER = range(RANKS_MAX, RANKS_MAX + 3)  # lanes below are the ranks'
 
-VERSION = 4
+VERSION = 5
 _MAGIC = int.from_bytes(b"ghostsrv", "little")
 _MASK = (1 << 64) - 1
 _MAGIC_WORD, _VERSION_WORD, _EPOCH_WORD, _KEEPER_PID_WORD, _KEEPER_OFF_WORD = range(5)
-_SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS = (
+_SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS, _LEDGER = (
     128,
     512,
     4096,
@@ -63,6 +65,7 @@ _SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS = (
     20480,
     57344,
     262144,
+    266240,
 )
 _STAMP_BYTES, _MARKS_PER_RANK, _LANE_WORDS, _LANES, _PROGRESS_WORDS = 128, 16, 64, RANKS_MAX + 3, 8
 _STAMP = struct.Struct("<QQQd")  # epoch, step, status, at_s
@@ -100,6 +103,7 @@ class ControlPage:
         progress = segment.array[_PROGRESS : _PROGRESS + 8 * _PROGRESS_WORDS * RANKS_MAX]
         self._progress: npt.NDArray[np.uint64] = progress.view(np.uint64).reshape(RANKS_MAX, _PROGRESS_WORDS)
         state_bytes = SharedRecord.required_bytes(STATE_MAX_BYTES)
+        self.ledger = Ledger(view[_LEDGER : _LEDGER + LEDGER_BYTES])
         self._state = SharedRecord(view[_STATE : _STATE + state_bytes], payload_max_bytes=STATE_MAX_BYTES)
 
     @staticmethod

@@ -47,6 +47,10 @@ class Counter(IntEnum):
     SCRUB_REFUSED_TOTAL = auto()  # of those: given up; what was in the block is recomputed or protected anew
     KV_NAN_TOTAL = auto()  # elements of KV that were coded
     KV_INF_TOTAL = auto()
+    SHADOW_LAG_TOKENS = auto()  # written by steps that are not accepted yet
+    UNPROTECTED_TOKENS = auto()  # in live KV, and nowhere else
+    REQUESTS_RESUMED_TOTAL = auto()  # ran when a recovery began, and went on after it
+    HOST_USED_BYTES = auto()  # memory behind the arena, of what the budget bounds
 
 
 class Switch(IntEnum):

@@ -27,6 +27,7 @@ def mount(app: Any, page: ControlPage | None, arguments: Namespace, config: Ghos
     """Add our routes to vLLM's app. Without protection there is nothing to show. Raises UsageError."""
     if page is None:
         return
+    from ghostserve.web.metrics import expose
     from ghostserve.web.routes import build_router
 
     app.include_router(
@@ -37,6 +38,7 @@ def mount(app: Any, page: ControlPage | None, arguments: Namespace, config: Ghos
             bound_host=arguments.host,
         )
     )
+    expose(app, page)
 
 
 def api_keys_of(arguments: Namespace, environment: Mapping[str, str]) -> list[str]:

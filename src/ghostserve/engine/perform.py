@@ -27,6 +27,7 @@ from ghostserve.engine.messages import JoinMessage, RegroupMessage
 from ghostserve.engine.open_report import OpenReport
 from ghostserve.engine.rebuild import Rebuild
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
+from ghostserve.engine.tally import Tally
 from ghostserve.errors import EngineLost, GhostserveError
 from ghostserve.recovery.loss_rate import LossRate
 from ghostserve.recovery.machine import (
@@ -43,6 +44,7 @@ from ghostserve.recovery.machine import (
     Resume,
     RetryStep,
     Run,
+    State,
     StepAccepted,
     StepRaised,
 )
@@ -80,6 +82,7 @@ class Performer:
             loss_rate=LossRate(losses_max=self._config.losses_max, window_s=self._config.losses_window),
         )
         self._report: OpenReport | None = None
+        self.tally = Tally(executor)
         self.reports: list[RecoveryReport] = []
         self.phase: Phase | None = None
 
@@ -100,6 +103,7 @@ class Performer:
         """
         if self._executor.is_failed:
             raise EngineLost(self._executor.status.failed)
+        self.tally.failed(failure)
         if self._report is None:
             self._open_report(failure)
         elif isinstance(failure, RanksDied | RankSilent):
@@ -182,6 +186,7 @@ class Performer:
             else:
                 self._restore(with_kv=Phase.KV in run.phases)
         except (RanksDied, RankSilent) as failure:
+            self.tally.failed(failure)
             if self._report is not None:
                 self._report.lose(failure.ranks, self._executor.workers)
             return [RanksLost(ranks=failure.ranks, reason=failure.reason, epoch=run.epoch)]
@@ -360,6 +365,7 @@ class Performer:
         if isinstance(failure, RanksDied | RankSilent):
             self._report.lose(failure.ranks, self._executor.workers)
         self._page.add(Counter.FAILURES_TOTAL)
+        self.tally.began()
         self._report.clock.mark(Phase.DETECT, now_s)
         self._executor.status.write()
 
@@ -379,5 +385,6 @@ class Performer:
         self.reports.append(finished)
         del self.reports[:-16]
         self._page.add(Counter.RECOVERIES_TOTAL)
+        self.tally.ended(finished, given_up=self._machine.state is State.GIVEN_UP)
         logger.warning("%s: %s", end, finished.to_json())
         self._executor.status.write()

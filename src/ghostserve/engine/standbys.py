@@ -77,8 +77,11 @@ class Standby:
 class Standbys:
     """Kept by a thread of its own, as a fork server that died takes seconds to come back; taken by whoever recovers."""
 
-    def __init__(self, start: Callable[[], StartedProcess], *, wanted: int) -> None:
+    def __init__(
+        self, start: Callable[[], StartedProcess], *, wanted: int, on_death: Callable[[], object]
+    ) -> None:
         self._start = start
+        self._on_death = on_death
         self.wanted = wanted
         self._lock = threading.Lock()
         self._standbys: list[Standby] = []
@@ -159,6 +162,7 @@ class Standbys:
         logger.warning("standby %d %s", self._pid(standby), "did not start" if standby.alive else "ended")
         self._standbys.remove(standby)
         standby.end()
+        self._on_death()
         self._deaths.append(now_s)
         while self._deaths[0] < now_s - DEATHS_WINDOW_S:
             self._deaths.popleft()

@@ -19,6 +19,7 @@ from ghostserve.engine.rendezvous import Meeting
 from ghostserve.engine.settings import Settings
 from ghostserve.engine.spawn import Place, StartedProcess, WorkerStart, fork_server, start_process
 from ghostserve.engine.standbys import Standbys
+from ghostserve.types import FailureKind
 
 HANDSHAKE_S = 60.0
 START_LEAST_S, START_FACTOR = 20.0, 3.0
@@ -37,7 +38,12 @@ class Starter:
         self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
         self._timeout_s = settings.config.start_timeout
         self._took_s: float | None = None  # the longest start so far; the first one imports everything
-        self.standbys = Standbys(self.start_standby, wanted=settings.standbys())
+        ledger = executor.session.page.ledger
+        self.standbys = Standbys(
+            self.start_standby,
+            wanted=settings.standbys(),
+            on_death=lambda: ledger.count_failure(FailureKind.STANDBY),
+        )
 
     def start_all(self) -> None:
         """Start every rank and wait until all are ready. Raises if one is not."""

@@ -29,6 +29,7 @@ from ghostserve.arena.control import CONTROL_BYTES, LANE_FRONT, ControlPage, Cou
 from ghostserve.arena.memfd import Segment
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import GhostserveError
+from ghostserve.types import FailureKind
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,8 @@ class KeeperSupervisor:
                 self._run_keeper()
             except Exception:  # counts as a death; the server itself needs no keeper
                 logger.exception("the keeper could not be started")
+            if not self._closing:
+                self.control.ledger.count_failure(FailureKind.KEEPER)
 
     def _run_keeper(self) -> None:
         """Start the keeper and return when it is dead and reaped."""

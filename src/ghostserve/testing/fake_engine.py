@@ -15,9 +15,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from ghostserve.arena.ledger import LEDGER_BYTES, Ledger
 from ghostserve.arena.names import Counter, Fault, Switch
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.types import Phase
+from ghostserve.types import FailureKind, Phase, RecoveryOutcome, RecoveryPath
 from ghostserve.web.processes import read_start_time_ticks
 
 WORDS = ("def", "return", "self", "for", "in", "if", "not", "import", "class", "path", "=", "(", ")", "\n")
@@ -46,6 +47,8 @@ class FakeEngine:
         self.switches = dict.fromkeys(Switch, False)
         self.faults: list[Fault] = []
         self.corrupt = False
+        self.keeper_given_up = False
+        self.ledger = Ledger(memoryview(bytearray(LEDGER_BYTES)))
         self.state = "serving"
         self.lock = threading.Lock()
         self.workers = [self._spawn() for _ in range(ranks)]
@@ -82,6 +85,7 @@ class FakeEngine:
             "tensor_parallel_size": len(ranks),
             "block_size": BLOCK_TOKENS,
             "max_model_len": 4096,
+            "written_at_s": monotonic_s(),
             "epoch": self.epoch,
             "state": self.state,
             "phase": "spawn" if self.state == "recovering" else None,
@@ -139,6 +143,10 @@ class FakeEngine:
         blocks = self.tokens // BLOCK_TOKENS
         values = {Counter.KV_BYTES_PROTECTED: 2 * blocks * FRAME_BYTES, Counter.STEPS_TOTAL: self.tokens}
         return {counter.name.lower(): values.get(counter, 0) for counter in Counter}
+
+    @property
+    def keeper_pid(self) -> int:
+        return self.keeper.pid
 
     def arm_fault(self, fault: Fault) -> int:
         self.faults.append(fault)
@@ -201,7 +209,17 @@ class FakeEngine:
                 "requests_recomputed": int(recompute),
             }
         )
+        self._tally(lost, recompute=recompute, phases_ms=phases_ms)
         self.state = "serving"
+
+    def _tally(self, lost: list[int], *, recompute: bool, phases_ms: dict[str, float]) -> None:
+        for _ in lost:
+            self.ledger.count_failure(FailureKind.CRASH)
+        path = RecoveryPath.RECOMPUTE if recompute else RecoveryPath.REBUILD
+        self.ledger.count_recovery(path, RecoveryOutcome.RECOVERED)
+        self.ledger.observe(None, sum(phases_ms.values()) / 1e3)
+        for name, took_ms in phases_ms.items():
+            self.ledger.observe(Phase(name), took_ms / 1e3)
 
     def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
         """The server-sent events of one answer."""
