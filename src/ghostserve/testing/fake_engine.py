@@ -85,7 +85,6 @@ class FakeEngine:
             "tensor_parallel_size": len(ranks),
             "block_size": BLOCK_TOKENS,
             "max_model_len": 4096,
-            "written_at_s": monotonic_s(),
             "epoch": self.epoch,
             "state": self.state,
             "phase": "spawn" if self.state == "recovering" else None,
