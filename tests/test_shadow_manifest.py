@@ -248,6 +248,20 @@ def test_a_pool_full_of_mirrors_can_still_be_compacted() -> None:
     assert shadow.plan_catch_up(2) is not None, "there is room again"
 
 
+def test_tokens_are_counted_by_whether_they_could_be_restored() -> None:
+    shadow = manifest()
+    code(shadow, 1)
+    protect(shadow, 2, slots=3)
+    in_flight = shadow.plan(write(2, 3, SIZE))
+    shadow.plan(write(3, 1, 3))
+    told = shadow.statistics()
+    assert (told.protected_slots, told.lag_slots, told.unprotected_slots) == (SIZE + 3, 1, 3)
+    commit(shadow, in_flight)
+    shadow.evict(iter([2]), frames=1)
+    told = shadow.statistics()
+    assert (told.protected_slots, told.lag_slots, told.unprotected_slots) == (SIZE, 0, 3 + SIZE)
+
+
 # ---- giving up and catching up ---------------------------------------------------------------------------------------
 
 

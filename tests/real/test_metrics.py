@@ -68,6 +68,9 @@ def test_vllms_names_are_all_there_and_ours_beside_them(float32: Served) -> None
     complete(float32, PROMPT, 2)
     scraped = scrape(url(float32))
     stock = set(VLLM_METRICS.read_text().split())
+    Path("/tmp/mx/names.txt").write_text(
+        "\n".join(sorted(n for n in names_of(scraped) if not n.startswith("ghostserve_")))
+    )
     assert len(stock) > 50
     assert stock - names_of(scraped) == set()
     ours = {metric.name.removesuffix("_total"): metric.kind for metric in METRICS}
@@ -90,13 +93,17 @@ def test_the_list_of_vllms_names_is_that_of_stock_vllm(tmp_path: Path) -> None:
         assert sorted(names_of(scrape(server.base_url))) == VLLM_METRICS.read_text().split()
 
 
-def test_formats_and_the_filter_are_prometheus_clients(float32: Served) -> None:
-    one = httpx.get(
-        f"{url(float32)}/metrics", params={"name[]": "ghostserve_failures_total"}, trust_env=False
-    )
-    assert set(parse(one.text).types) == {"ghostserve_failures"}
+def test_formats_are_those_of_vllms_endpoint(float32: Served) -> None:
+    """`/metrics` answers in the plain format as ever, `/metrics/` in what is asked for, and filters."""
     plain = httpx.get(f"{url(float32)}/metrics", trust_env=False)
     assert plain.headers["content-type"].startswith("text/plain")
+    with_slash = f"{url(float32)}/metrics/"
+    one = httpx.get(with_slash, params={"name[]": "ghostserve_failures_total"}, trust_env=False)
+    assert set(parse(one.text).types) == {"ghostserve_failures"}
+    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    opened = httpx.get(with_slash, headers=accept, trust_env=False)
+    assert opened.headers["content-type"].startswith("application/openmetrics-text")
+    assert 'ghostserve_failures_total{kind="crash"}' in opened.text
 
 
 # -- tokens --------------------------------------------------------------------------------------------
@@ -158,7 +165,8 @@ def test_a_kill_while_it_is_scraped(float32: Served) -> None:
         hurt = Hurt(60, lambda: float32.kill(1))
         assert_same(reference, float32.run(LONG, on_token=hurt))
         float32.recovery(after=recoveries)
-        after = wait_until(url(float32), lambda now: now.get("server_state", state="serving") == 1)
+        wait_until(url(float32), lambda now: now.get("server_state", state="serving") == 1)
+    after = scrape(url(float32))
     assert scraper.failures == [], "a scrape was not answered"
     assert went_back([before, *scraper.scrapes, after]) == []
     during = [now for now in scraper.scrapes if now.get("server_state", state="recovering") == 1]
@@ -187,6 +195,7 @@ def test_a_forced_recompute_is_counted_as_one(float32: Served) -> None:
     finally:
         float32.server.set_switch("force_recompute", False)
     after = scrape(url(float32))
+    assert report["path"] == "recompute", report
     assert grown(before, after, "recoveries_total", path="recompute", outcome="recovered") == 1
     assert grown(before, after, "tokens_recomputed_total") == report["tokens_recomputed"] > 60
     assert grown(before, after, "requests_recomputed_total") == 1

@@ -1,7 +1,7 @@
 """Our metrics in vLLM's own `/metrics`.
 
 vLLM answers `/metrics` from prometheus_client's registry of this process, to which a collector of ours is added: its
-names, formats and `?name[]=` filter stay as they are. The collector reads the control page and asks nobody, so a
+names and formats stay as they are. The collector reads the control page and asks nobody, so a
 scrape is answered during an outage. Like vLLM's, the route is open also where there is an API key.
 """
 
