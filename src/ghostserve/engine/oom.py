@@ -13,7 +13,7 @@ _FIELD = "oom_kill "
 
 
 class OomKills:
-    """Looked at every second or so, and once more when a process is found dead. Not thread-safe where it matters little."""
+    """Looked at every second or so, and once more when a process is found dead; by any thread, at worst a rise is noted twice."""
 
     def __init__(self, vmstat: Path = Path("/proc/vmstat")) -> None:
         self._vmstat = vmstat

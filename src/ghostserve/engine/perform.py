@@ -384,7 +384,7 @@ class Performer:
         finished = report.close(epoch=self.epoch, ok=ok)
         self.reports.append(finished)
         del self.reports[:-16]
-        self._page.add(Counter.RECOVERIES_TOTAL)
         self.tally.ended(finished, given_up=self._machine.state is State.GIVEN_UP)
+        self._page.add(Counter.RECOVERIES_TOTAL)  # last: who sees it sees the rest
         logger.warning("%s: %s", end, finished.to_json())
         self._executor.status.write()

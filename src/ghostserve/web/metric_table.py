@@ -1,4 +1,4 @@
-"""Every metric of ours: name, kind, meaning, and how it is read off the control page. Pure.
+"""Every metric of ours: name, kind, meaning, and how it is read off the control page.
 
 Names and labels follow Prometheus: base units, `_total` for what only grows, and no label whose values a client or a
 request decides. Every series is there from the first scrape on. Gauges are as old as the engine core's last word on the
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from ghostserve.arena.ledger import Histogram
+from ghostserve.arena.ledger import Histogram, Ledger
 from ghostserve.types import FailureKind, Phase, RecoveryOutcome, RecoveryPath, ServerState
 
 WORKER_STATES = ("starting", "alive", "slow", "suspect", "lost")
@@ -21,23 +21,13 @@ Value = float | Histogram
 Series = Iterable[tuple[tuple[str, ...], Value]]
 
 
-class LedgerView(Protocol):
-    """What is read of `arena.ledger.Ledger`."""
-
-    def failures(self, kind: FailureKind, /) -> int: ...
-
-    def recoveries(self, path: RecoveryPath, outcome: RecoveryOutcome, /) -> int: ...
-
-    def histogram(self, phase: Phase | None, /) -> Histogram: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The page at one moment."""
 
     state: Mapping[str, Any]  # the state document; empty before there is one
     counters: Mapping[str, int]
-    ledger: LedgerView
+    ledger: Ledger
     keeper_pid: int | None
     keeper_given_up: bool
     now_s: float

@@ -20,9 +20,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 from starlette.routing import Mount
 
-from ghostserve.arena.ledger import BUCKETS_S, Histogram
+from ghostserve.arena.ledger import BUCKETS_S, Histogram, Ledger
 from ghostserve.clock import monotonic_s
-from ghostserve.web.metric_table import METRICS, LedgerView, Metric, Snapshot
+from ghostserve.web.metric_table import METRICS, Metric, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class MetricsPage(Protocol):
     """What metrics need of `arena.control.ControlPage`."""
 
     @property
-    def ledger(self) -> LedgerView: ...
+    def ledger(self) -> Ledger: ...
 
     @property
     def keeper_pid(self) -> int | None: ...
