@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from external import need
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.testing.server import free_port
+from ghostserve.web.admin import Refused
 from real import kit
 from real.kit import Ask, Served
 from real.scraping import scrape, wait_until
@@ -160,9 +160,8 @@ def test_memory_that_changed(served: Served, prometheus: Prometheus) -> None:
 
 def test_a_keeper_that_dies_again_and_again(served: Served, prometheus: Prometheus) -> None:
     def kill_it() -> bool:
-        pid = served.server.status()["keeper"]["pid"]
-        if pid is not None and psutil.pid_exists(pid):
-            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(Refused):  # there is none now
+            served.server.admin.inflict("keeper_crash")
         return scrape(served.server.base_url).get("keeper_given_up") == 1
 
     prometheus.wait(kill_it, "the keeper was not given up")
