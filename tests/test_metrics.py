@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, make_asgi_app
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_latest, make_asgi_app
 
 from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, LANE_FRONT, LANE_KEEPER, ControlPage
 from ghostserve.arena.memfd import Segment
@@ -215,6 +215,21 @@ def test_what_cannot_be_read_is_left_out_and_told_once(
             assert "ghostserve_worker_state" not in found.types
             assert found.get("steps_total") == 0
     assert [record.message for record in caplog.records] == ["ghostserve_worker_state cannot be read"]
+
+
+def test_a_page_that_cannot_be_read_costs_vllms_metrics_nothing(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ValueError
+
+    registry = CollectorRegistry()
+    Gauge("vllm:num_requests_running", "Of vLLM.", registry=registry).set(3)
+    registry.register(PageCollector(engine))
+    monkeypatch.setattr(engine, "read_state", fail)
+    for _ in range(2):
+        assert set(parse(generate_latest(registry).decode()).types) == {"vllm:num_requests_running"}
+    assert [record.message for record in caplog.records] == ["the control page cannot be read"]
 
 
 # -- in vLLM's endpoint --------------------------------------------------------------------------------

@@ -22,14 +22,13 @@ from starlette.routing import Mount
 
 from ghostserve.arena.ledger import BUCKETS_S, Histogram, Ledger
 from ghostserve.clock import monotonic_s
-from ghostserve.web.metric_table import METRICS, Metric, Snapshot
+from ghostserve.web.metric_table import METRICS, Metric, Series, Snapshot
 
 logger = logging.getLogger(__name__)
 
 MULTIPROCESS_ENV = "PROMETHEUS_MULTIPROC_DIR"
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
-_FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
-_BOUNDS = (*map(floatToGoString, BUCKETS_S), "+Inf")
+_BOUNDS: tuple[str, ...] = (*map(floatToGoString, BUCKETS_S), "+Inf")
 
 
 class MetricsPage(Protocol):
@@ -58,10 +57,22 @@ class PageCollector(Collector):
 
     def describe(self) -> Iterable[Family]:
         """Names only, so that they are known to be taken."""
-        return [_family(metric) for metric in METRICS]
+        return [_filled(metric, ()) for metric in METRICS]
 
     def collect(self) -> Iterable[Family]:
-        snapshot = Snapshot(
+        try:
+            snapshot = self._read()
+        except Exception as error:
+            self._tell("the control page", error)
+            return
+        for metric in METRICS:
+            try:
+                yield _filled(metric, metric.read(snapshot))
+            except Exception as error:
+                self._tell(metric.name, error)
+
+    def _read(self) -> Snapshot:
+        return Snapshot(
             state=self._page.read_state() or {},
             counters=self._page.counters(),
             ledger=self._page.ledger,
@@ -69,28 +80,28 @@ class PageCollector(Collector):
             keeper_given_up=self._page.keeper_given_up,
             now_s=monotonic_s(),
         )
-        for metric in METRICS:
-            try:
-                yield _filled(metric, snapshot)
-            except Exception:
-                if metric.name not in self._told:
-                    self._told.add(metric.name)
-                    logger.exception("%s cannot be read", metric.name)
+
+    def _tell(self, what: str, error: Exception) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger.error("%s cannot be read", what, exc_info=error)
 
 
-def _family(metric: Metric) -> Family:
-    return _FAMILIES[metric.kind](metric.name, metric.help, labels=metric.labels)
-
-
-def _filled(metric: Metric, snapshot: Snapshot) -> Family:
-    family = _family(metric)
-    for labels, value in metric.read(snapshot):
-        if isinstance(value, Histogram):
+def _filled(metric: Metric, series: Series) -> Family:
+    """The family of a metric, with these series."""
+    if metric.kind == "histogram":
+        histograms = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+        for labels, value in series:
+            assert isinstance(value, Histogram), metric.name
             buckets = list(zip(_BOUNDS, accumulate(value.counts), strict=True))
-            family.add_metric(labels, buckets, value.sum_s)
-        else:
-            family.add_metric(labels, value)
-    return family
+            histograms.add_metric(labels, buckets, value.sum_s)
+        return histograms
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    values = kind(metric.name, metric.help, labels=metric.labels)
+    for labels, value in series:
+        assert not isinstance(value, Histogram), metric.name
+        values.add_metric(labels, value)
+    return values
 
 
 _exposed: PageCollector | None = None
@@ -111,7 +122,7 @@ def expose(app: Any, page: MetricsPage) -> None:
 def _merged_route(page: MetricsPage) -> Mount:
     """Where the user has vLLM's metrics go through files, vLLM reads these alone: a route before its own reads both."""
     registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     registry.register(PageCollector(page))
     route = Mount("/metrics", make_asgi_app(registry=registry))
     route.path_regex = re.compile("^/metrics(?P<path>.*)$")  # as vLLM does: no redirect to /metrics/
