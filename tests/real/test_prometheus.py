@@ -144,6 +144,7 @@ def test_losses_again_and_again(served: Served, prometheus: Prometheus) -> None:
         before = served.recoveries()
         served.kill(1)
         served.recovery(after=before)
+        assert served.run(Ask(max_tokens=5)).error is None  # a step gives the attempts back
     prometheus.wait(lambda: "GhostserveRecoveringOften" in prometheus.firing(), "GhostserveRecoveringOften")
     assert prometheus.firing() <= {"GhostserveRecoveringOften", "GhostserveNoStandby"}
     wait_until(served.server.base_url, lambda now: now.get("standby_ready") == 1, timeout_s=40)
