@@ -24,9 +24,11 @@ test: test-fast
 	@scripts/test -m "(real or long) and not slow"
 
 test-fast: lint
+	@scripts/programs
 	@scripts/test -n 2 --dist loadfile --ignore tests/real -m "not real and not long and not slow"
 
 test-slow: install
+	@scripts/programs
 	@scripts/test -m slow
 	@for serving in v1-sync v2-sync v2-async; do \
 		scripts/test --serving $$serving tests/real/test_losses.py tests/real/test_ladder.py || exit 1; \

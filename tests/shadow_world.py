@@ -89,7 +89,9 @@ class World:
             if piece is not None:
                 pieces.append(piece)
         alive = {*self.committed, *(write.block for write, _ in writes)}
-        whole = [block for block, (_, full) in self.manifest.unprotected.items() if full and block in alive]
+        whole = [
+            block for block in self.manifest.unprotected if self.manifest.is_full(block) and block in alive
+        ]
         if catch_up and whole and (piece := self.manifest.plan_catch_up(self.rng.choice(whole))) is not None:
             self.seen.add("caught up")
             pieces.append(piece)

@@ -33,6 +33,7 @@ from ghostserve.arena.memfd import Segment
 from ghostserve.arena.records import SharedRecord
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import BudgetExceeded, ProtocolError, UsageError
+from ghostserve.types import FailureKind, Phase
 
 
 @pytest.fixture
@@ -78,6 +79,10 @@ def test_every_item_has_its_own_place(segment: Segment) -> None:
             page.mark(rank, mark, 1.0 + rank + mark / 16)
     for rank in range(8):
         page.arm_fault(Fault(point=FaultPoint.STAGED, rank=rank, action=FaultAction.HANG, skip=rank))
+    for phase in (None, *Phase):
+        page.ledger.observe(phase, 0.3)
+    for kind in FailureKind:
+        page.ledger.count_failure(kind)
     doc = {"text": "x" * (STATE_MAX_BYTES - 64)}
     page.write_state(doc)
     page.write_state(doc)
@@ -92,6 +97,10 @@ def test_every_item_has_its_own_place(segment: Segment) -> None:
         assert reader.marks(rank) == {mark: 1.0 + rank + mark / 16 for mark in Mark}
     assert [fault.skip for fault in reader.armed_faults()] == list(range(8))
     assert reader.read_state() == doc
+    assert [reader.ledger.histogram(phase).sum_s for phase in (None, *Phase)] == [0.3] * (1 + len(Phase))
+    assert [reader.ledger.failures(kind) for kind in FailureKind] == [1] * len(FailureKind)
+    page.clear_progress(RANKS_MAX - 1)
+    assert reader.ledger.failures(FailureKind.CRASH) == 1, "the last rank's progress is before it"
     page.clear_marks(5)
     assert reader.marks(5) == {}
     assert len(reader.marks(4)) == len(reader.marks(6)) == len(Mark)

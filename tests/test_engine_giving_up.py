@@ -19,6 +19,7 @@ from ghostserve.engine.perform import Performer
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.errors import EngineLost
 from ghostserve.recovery.step_times import StepSize
+from ghostserve.types import FailureKind, RecoveryOutcome, RecoveryPath
 
 SENDS_MAX = 50  # of one step: a server that goes on for ever ends here
 REASON = "no replacement comes up"
@@ -80,7 +81,11 @@ def executor() -> Iterator[Executor]:
         ring=Ring(),
         sends=0,
         rpc_broadcast_mq=SimpleNamespace(current_idx=0),
-        session=SimpleNamespace(page=page, lock=threading.RLock(), scheduler=SimpleNamespace(open=False)),
+        session=SimpleNamespace(
+            page=page,
+            lock=threading.RLock(),
+            scheduler=SimpleNamespace(open=False, running=[], requests={}),
+        ),
         settings=SimpleNamespace(config=GhostConfig(recovery_attempts=2)),
         starter=SimpleNamespace(standbys=nothing, meeting=nothing, bound_s=20.0),
         status=SimpleNamespace(failed=None, write=lambda: None),
@@ -108,6 +113,10 @@ def test_what_was_given_up_is_not_called_recovered(
     executor.monitor._repair_if_idle()
     (line,) = [record.message for record in caplog.records if '"ok": false' in record.message]
     assert line.startswith("not recovered: ")
+    ledger = executor.session.page.ledger
+    assert ledger.recoveries(RecoveryPath.REBUILD, RecoveryOutcome.GIVEN_UP) == 1
+    assert ledger.recoveries(RecoveryPath.REBUILD, RecoveryOutcome.RECOVERED) == 0
+    assert ledger.failures(FailureKind.CRASH) == 1
 
 
 def test_a_request_that_came_during_the_last_attempt_ends(executor: Executor) -> None:

@@ -405,7 +405,7 @@ def test_a_wrong_frame_while_steps_run_is_given_up_after_a_while(
         assert world.scrubber.document()["waiting"] == 1, "idle time may come"
         assert world.manifest.entries[5] is entry
         world.turn(int(PATIENCE_S / 0.3) + 2)
-        assert world.manifest.unprotected == {5: (0, True)}, "a step will catch up on it"
+        assert world.manifest.unprotected == {5: (0, SIZE)}, "a step will catch up on it"
         assert [finding["remedy"] for finding in world.findings()] == ["given up"]
         assert world.scrubber.document()["waiting"] == 0
         assert not world.asked, "live KV is left alone while steps run"
@@ -490,7 +490,7 @@ def test_without_room_for_mirrors_the_block_stays_unprotected(monkeypatch: pytes
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Protection, "check", lambda _: None)  # it does not know whose the frames are
             world.rounds(2)
-        assert world.manifest.unprotected == {5: (0, True)}
+        assert world.manifest.unprotected == {5: (0, SIZE)}
         assert "no frames are free" in world.findings()[0]["reason"]
         assert not world.refused
 
@@ -626,7 +626,7 @@ def test_a_copy_that_fails_half_way_leaves_the_block_to_a_step(monkeypatch: pyte
         monkeypatch.setattr(world, "ask", ask)
         with pytest.raises(scrub_repair.NotScrubbed):
             world.rounds(2)
-        assert world.manifest.unprotected == {2: (0, True)}
+        assert world.manifest.unprotected == {2: (0, SIZE)}
         assert world.guard.protection is not None
         world.guard.protection.check()
 

@@ -48,6 +48,7 @@ from ghostserve.shadow.keeper_messages import (
     to_json,
 )
 from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
+from ghostserve.types import FailureKind
 
 pytestmark = pytest.mark.real  # keepers are processes, and die here
 
@@ -320,6 +321,7 @@ def test_killed_while_idle_the_next_one_is_ready() -> None:
         pid = keeper_pid(supervisor)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: supervisor.control.get(Counter.KEEPER_RESTARTS) == 1, "a restart")
+        assert supervisor.control.ledger.failures(FailureKind.KEEPER) == 1
         engine.client.submit(engine.encode_job(2, parity=21))
         engine.check_parity(engine.encode_job(2, parity=21), engine.wait_answers(2)[1])
         died, restarted = (event for _, event in supervisor.control.events.look().events)
@@ -641,6 +643,7 @@ def test_a_supervisor_without_a_keeper_says_so(monkeypatch: pytest.MonkeyPatch) 
     with KeeperSupervisor(restarts_max=2) as supervisor:
         wait_until(lambda: supervisor.control.keeper_given_up, "the supervisor to give up")
         assert supervisor.control.get(Counter.KEEPER_RESTARTS) == 2
+        assert supervisor.control.ledger.failures(FailureKind.KEEPER) == 3, "each death, the last one too"
         supervisor.wait_ready(timeout_s=DEADLINE_S)  # by the front itself
         client = KeeperClient(supervisor.address, lambda answer: None)
         client.submit(GEOMETRY)

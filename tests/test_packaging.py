@@ -100,7 +100,15 @@ def test_ci_runs_the_readmes_test_command_and_then_the_demo(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "script",
-    [".ci/run", "scripts/coverage", "scripts/install", "scripts/lint", "scripts/test", "scripts/watchdog"],
+    [
+        ".ci/run",
+        "scripts/coverage",
+        "scripts/install",
+        "scripts/lint",
+        "scripts/programs",
+        "scripts/test",
+        "scripts/watchdog",
+    ],
 )
 def test_scripts_are_short_executable_and_have_no_syntax_error(script: str) -> None:
     path = ROOT / script

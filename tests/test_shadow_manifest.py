@@ -181,9 +181,9 @@ def test_a_sealed_block_that_is_rewritten_is_not_sealed_any_more() -> None:
 def test_a_gap_leaves_a_block_unprotected() -> None:
     shadow = manifest()
     assert shadow.plan(write(5, 2, 3)) is None
-    assert shadow.unprotected == {5: (0, False)}
+    assert shadow.unprotected == {5: (0, 3)}
     assert shadow.plan(write(5, 3, SIZE)) is None
-    assert shadow.unprotected == {5: (0, True)}
+    assert shadow.unprotected == {5: (0, SIZE)}
     assert shadow.source(5, needed=SIZE, lost=FIRST).choice is Source.LOST
 
 
@@ -217,7 +217,7 @@ def test_a_refused_stripe_is_given_up_and_may_be_caught_up() -> None:
     assert job is not None
     shadow.job_done(job.job, ok=False, parity_checksums=())
     assert shadow.entries == {}
-    assert shadow.unprotected == {5: (0, True)}
+    assert shadow.unprotected == {5: (0, SIZE)}
     assert shadow.encode_failures == 1
     assert sorted(shadow.take_retired()) == sorted((*job.mirrors, *job.parity))
     shadow.check()
@@ -248,6 +248,20 @@ def test_a_pool_full_of_mirrors_can_still_be_compacted() -> None:
     assert shadow.plan_catch_up(2) is not None, "there is room again"
 
 
+def test_tokens_are_counted_by_whether_they_could_be_restored() -> None:
+    shadow = manifest()
+    code(shadow, 1)
+    protect(shadow, 2, slots=3)
+    in_flight = shadow.plan(write(2, 3, SIZE))
+    shadow.plan(write(3, 1, 3))
+    told = shadow.statistics()
+    assert (told.protected_slots, told.lag_slots, told.unprotected_slots) == (SIZE + 3, 1, 3)
+    commit(shadow, in_flight)
+    shadow.evict(iter([2]), frames=1)
+    told = shadow.statistics()
+    assert (told.protected_slots, told.lag_slots, told.unprotected_slots) == (SIZE, 0, 3 + SIZE)
+
+
 # ---- giving up and catching up ---------------------------------------------------------------------------------------
 
 
@@ -256,7 +270,7 @@ def test_a_full_pool_leaves_a_block_unprotected_and_counted() -> None:
     assert shadow.plan(write(1, 0, SIZE)) is None
     assert shadow.statistics().unprotected_blocks == 1
     assert shadow.plan_catch_up(1) is None
-    assert shadow.unprotected == {1: (0, True)}
+    assert shadow.unprotected == {1: (0, SIZE)}
     shadow.check()
 
 
@@ -265,9 +279,9 @@ def test_a_block_reused_without_protection_is_not_marked_by_an_older_step() -> N
     shadow = manifest(frames=RANKS + 1)
     first = shadow.plan(write(1, 0, SIZE))
     assert shadow.plan(write(1, 0, 2)) is None
-    assert shadow.unprotected == {1: (0, False)}
+    assert shadow.unprotected == {1: (0, 2)}
     commit(shadow, first)
-    assert shadow.unprotected == {1: (0, False)}, "slots that nobody wrote would be caught up"
+    assert shadow.unprotected == {1: (0, 2)}, "slots that nobody wrote would be caught up"
     shadow.check()
 
 
@@ -303,7 +317,7 @@ def test_eviction_takes_the_first_victims_and_counts_frames() -> None:
     freed = shadow.evict(iter([9, 3, 1, 2, 4]), frames=2)
     assert freed == 1 + RANKS
     assert set(shadow.entries) == {3, 4}, "unknown ones and those in a job are passed over"
-    assert shadow.unprotected == {1: (0, True), 2: (0, False)}
+    assert shadow.unprotected == {1: (0, SIZE), 2: (0, 1)}
     shadow.check()
 
 
@@ -339,7 +353,7 @@ def test_a_step_that_is_withdrawn_leaves_what_was_committed() -> None:
     assert (shadow.entries[1].slots, shadow.entries[1].planned) == (2, 2)
     assert 2 not in shadow.entries, "nothing was written there"
     assert 2 not in shadow.unprotected
-    assert shadow.unprotected == {3: (0, True)}, "still data, still without protection, still counted"
+    assert shadow.unprotected == {3: (0, SIZE)}, "still data, still without protection, still counted"
     assert shadow.current([tail, fresh, again]) == (tail,)
     shadow.check()
 
@@ -395,7 +409,7 @@ def test_frames_of_a_block_that_was_given_up_are_not_anothers_before_its_step_ha
     """Block 3 is lost while a step catches it up: its frames must not become block 1's parity yet."""
     world = World(random.Random(2), block_sizes=(SIZE,), frames=7, kind=kind)
     world.accept(world.plan([world.write(1, 0, SIZE)]))
-    world.manifest.unprotected[3] = (0, True)
+    world.manifest.unprotected[3] = (0, SIZE)
     world.committed[3] = [bytes(SIZE)] * world.ranks
     step = world.plan([], catch_up=True)
     world.lose(0)

@@ -141,13 +141,13 @@ def test_room_is_made_before_it_is_needed() -> None:
     accepted(shadow, parts, 1, start("a", 1, scheduled=3))
     shadow.plan(start("b", 2, scheduled=1))
     assert 1 not in shadow.manifest.entries, "only the prefix cache wanted it"
-    assert shadow.manifest.unprotected[1] == (0, False)
+    assert shadow.manifest.unprotected[1] == (0, 3)
 
 
 def test_a_block_that_lost_its_protection_is_caught_up_while_somebody_wants_it() -> None:
     parts = Parts()
     shadow = protection(parts)
-    shadow.manifest.unprotected = {5: (0, True), 6: (0, False), 7: (0, True)}
+    shadow.manifest.unprotected = {5: (0, SIZE), 6: (0, 1), 7: (0, SIZE)}
     parts.live.discard(5)
     pieces = shadow.plan(start("a", 1, scheduled=1))
     assert [(piece.block, piece.start, piece.stop) for piece in pieces] == [(1, 0, 1), (7, 0, SIZE)]
@@ -170,7 +170,7 @@ def test_what_was_never_written_is_not_caught_up() -> None:
     shadow = protection(parts, frames=0)
     pieces = shadow.plan(start("a", 1, scheduled=SIZE))
     assert pieces == ()
-    assert shadow.manifest.unprotected == {1: (0, True)}
+    assert shadow.manifest.unprotected == {1: (0, SIZE)}
     assert shadow.without_blocks(pieces, {1}) == ()
     assert shadow.manifest.unprotected == {}
 

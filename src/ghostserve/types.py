@@ -34,6 +34,27 @@ class RecoveryPath(Enum):
     RESTART = "restart"  # the engine was restarted
 
 
+class RecoveryOutcome(Enum):
+    """How a recovery ended."""
+
+    RECOVERED = "recovered"
+    STEP_FAILED = "step_failed"  # the group is whole; the requests of the interrupted step got an error
+    GIVEN_UP = "given_up"  # the server ends with exit status 4
+
+
+class FailureKind(Enum):
+    """What went wrong, as far as it can be told from outside."""
+
+    CRASH = "crash"  # a rank's process ended
+    OOM = "oom"  # a rank's process ended as the kernel killed one for its memory
+    HANG = "hang"  # a rank made no progress, or gave no answer, within its deadline
+    SLOW = "slow"  # a rank began to hold the others up; replaced only with --evict-slow
+    RAISED = "raised"  # a step raised, all ranks alive
+    CORRUPTION = "corruption"  # bytes differed from their checksum: KV, a mirror or a parity
+    KEEPER = "keeper"  # the keeper's process ended
+    STANDBY = "standby"  # a standby ended, or did not start
+
+
 class RankState(Enum):
     """What others may expect of a rank."""
 

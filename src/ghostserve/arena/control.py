@@ -12,6 +12,7 @@ lock between processes and no count is lost.
     20480  counters            a lane of 64 u64 per writer
     57344  state document      a shared record
    262144  progress            8 u64 per rank
+   266240  ledger              counts by label, histograms (`ledger.py`)
    270336  events              a ring per writer and class (`event_rings.py`)
 """
 
@@ -27,6 +28,7 @@ import numpy.typing as npt
 
 from ghostserve.arena.event_rings import RINGS_BYTES, EventRings, Teller
 from ghostserve.arena.faults import TABLE_BYTES, FaultTable
+from ghostserve.arena.ledger import LEDGER_BYTES, Ledger
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.names import (
     Counter,
@@ -53,12 +55,12 @@ RANKS_MAX = 64
 STATE_MAX_BYTES = 96 << 10
 LANE_FRONT, LANE_ENGINE, LANE_KEEPER = range(RANKS_MAX, RANKS_MAX + 3)  # lanes below are the ranks'
 
-VERSION = 5
+VERSION = 6
 _MAGIC = int.from_bytes(b"ghostsrv", "little")
 _MASK = (1 << 64) - 1
 _MAGIC_WORD, _VERSION_WORD, _EPOCH_WORD, _KEEPER_PID_WORD, _KEEPER_OFF_WORD = range(5)
 _TELLERS = {LANE_ENGINE: Teller.ENGINE, LANE_FRONT: Teller.FRONT}
-_SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS, _EVENTS = (
+_SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS, _LEDGER, _EVENTS = (
     128,
     512,
     4096,
@@ -66,6 +68,7 @@ _SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS, _EVENTS = (
     20480,
     57344,
     262144,
+    266240,
     270336,
 )
 _STAMP_BYTES, _MARKS_PER_RANK, _LANE_WORDS, _LANES, _PROGRESS_WORDS = 128, 16, 64, RANKS_MAX + 3, 8
@@ -107,6 +110,7 @@ class ControlPage:
             view[_EVENTS : _EVENTS + RINGS_BYTES], teller=None if lane is None else _TELLERS.get(lane)
         )
         state_bytes = SharedRecord.required_bytes(STATE_MAX_BYTES)
+        self.ledger = Ledger(view[_LEDGER : _LEDGER + LEDGER_BYTES])
         self._state = SharedRecord(view[_STATE : _STATE + state_bytes], payload_max_bytes=STATE_MAX_BYTES)
 
     @staticmethod

@@ -49,6 +49,10 @@ class Counter(IntEnum):
     KV_INF_TOTAL = auto()
     EVENTS_LOST_TOTAL = auto()  # overwritten in shared memory before the front process took them in
     EVENT_LOG_ERRORS_TOTAL = auto()  # times that --event-log could not be written; tried again each second
+    SHADOW_LAG_TOKENS = auto()  # written by steps that are not accepted yet
+    UNPROTECTED_TOKENS = auto()  # in live KV, and nowhere else
+    REQUESTS_RESUMED_TOTAL = auto()  # ran when a recovery began, and went on after it
+    HOST_USED_BYTES = auto()  # memory behind the arena, of what the budget bounds
 
 
 class Switch(IntEnum):

@@ -50,6 +50,7 @@ def mount(
     if page is None:
         return
     from ghostserve.cli.serve_events import KeptEvents
+    from ghostserve.web.metrics import expose
     from ghostserve.web.routes import build_router
 
     kept = KeptEvents(page, config, traced=bool(getattr(arguments, "otlp_traces_endpoint", None)))
@@ -66,6 +67,7 @@ def mount(
             tell=page.events.tell,
         )
     )
+    expose(app, page)
 
 
 def api_keys_of(arguments: Namespace, environment: Mapping[str, str]) -> list[str]:

@@ -32,7 +32,7 @@ from ghostserve.errors import CorruptionError
 from ghostserve.events.kinds import ProtectionLost, ProtectionRegained
 from ghostserve.shadow.keeper_client import KeeperClient
 from ghostserve.shadow.keeper_messages import Answer, Geometry, ScrubDone, WipeDone
-from ghostserve.shadow.manifest import BlockState, Manifest, Piece
+from ghostserve.shadow.manifest import BlockState, Manifest, ManifestStatistics, Piece
 from ghostserve.shadow.protection import Protection
 from ghostserve.shadow.step_plan import BlockTables
 
@@ -51,6 +51,10 @@ class PoolBlocks:
 
     def is_cached(self, block: int) -> bool:
         return self.pool.blocks[block].block_hash is not None
+
+    def live_count(self) -> int:
+        """Blocks that anything may still read."""
+        return sum(1 for block in self.pool.blocks if block.ref_cnt > 0 or block.block_hash is not None)
 
     def cached_only(self) -> Iterator[int]:
         for block in self.pool.free_block_queue.get_all_free_blocks():
@@ -305,10 +309,20 @@ class Guard:
         page.set(Counter.PARITY_BYTES, statistics.parity_frames * size)
         page.set(Counter.MIRROR_BYTES, statistics.mirror_frames * size)
         page.set(Counter.ENCODE_BACKLOG, statistics.sealed_blocks)
-        slots = sum(entry.slots for entry in entries)
-        page.set(Counter.PROTECTED_TOKENS, slots)
+        page.set(Counter.PROTECTED_TOKENS, statistics.protected_slots)
+        page.set(Counter.SHADOW_LAG_TOKENS, statistics.lag_slots)
+        page.set(Counter.UNPROTECTED_TOKENS, self._unprotected_tokens(statistics))
+        budgeted = (self.segments[name] for name in ("control", "staging", "pool"))
+        page.set(Counter.HOST_USED_BYTES, sum(segment.allocated_bytes() for segment in budgeted))
         nbytes = sum(entry.slots * self.manifest.slot_bytes[entry.group] for entry in entries)
         page.set(Counter.KV_BYTES_PROTECTED, nbytes * self.ranks)
+
+    def _unprotected_tokens(self, statistics: ManifestStatistics) -> int:
+        """Once protection was given up nothing is written down any more: then every block that is in use counts, as full."""
+        assert self.protection is not None
+        if self.protection.tables is None and self._blocks is not None:
+            return self._blocks.live_count() * self.protection.manifest.block_sizes[0]
+        return statistics.unprotected_slots
 
     def close(self) -> None:
         """Stop talking to the keeper; bounded."""

@@ -28,6 +28,7 @@ from ghostserve.engine.open_report import OpenReport
 from ghostserve.engine.rebuild import Rebuild
 from ghostserve.engine.recovery_events import End, raise_epoch, tell_end, tell_failed_phases, tell_failed_step
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
+from ghostserve.engine.tally import Tally
 from ghostserve.errors import EngineLost, GhostserveError
 from ghostserve.events import kinds
 from ghostserve.recovery.loss_rate import LossRate
@@ -82,6 +83,7 @@ class Performer:
             loss_rate=LossRate(losses_max=self._config.losses_max, window_s=self._config.losses_window),
         )
         self._report: OpenReport | None = None
+        self.tally = Tally(executor)
         self.reports: list[RecoveryReport] = []
         self.phase: Phase | None = None
 
@@ -102,6 +104,7 @@ class Performer:
         """
         if self._executor.is_failed:
             raise EngineLost(self._executor.status.failed)
+        self.tally.failed(failure)
         if self._report is None:
             self._open_report(failure)
         elif isinstance(failure, RanksDied | RankSilent):
@@ -123,7 +126,6 @@ class Performer:
                         self._close_report(End.RECOVERED)
                         return Outcome.RETRY
                     case FailStep(reason=reason):
-                        logger.error("the step is given up, its requests get an error: %s", reason)
                         tell_failed_step(self._executor, reason)
                         self._close_report(End.STEP_FAILED)
                         return Outcome.STEP_FAILED
@@ -187,6 +189,7 @@ class Performer:
             else:
                 self._restore(with_kv=Phase.KV in run.phases)
         except (RanksDied, RankSilent) as failure:
+            self.tally.failed(failure)
             if self._report is not None:
                 self._report.lose(failure, self._executor.workers)
             return [RanksLost(ranks=failure.ranks, reason=failure.reason, epoch=run.epoch)]
@@ -367,6 +370,7 @@ class Performer:
         if isinstance(failure, RanksDied | RankSilent):
             self._report.lose(failure, self._executor.workers)
         self._page.add(Counter.FAILURES_TOTAL)
+        self.tally.began()
         self._report.mark(Phase.DETECT, now_s)
         self._executor.status.write()
 
@@ -390,7 +394,7 @@ class Performer:
         finished = report.close(epoch=self.epoch, ok=end is End.RECOVERED)
         self.reports.append(finished)
         del self.reports[:-16]
-        self._page.add(Counter.RECOVERIES_TOTAL)
-        logger.warning("%s: %s", end.value, finished.to_json())
+        self.tally.ended(finished, given_up=end is End.GIVEN_UP)
         tell_end(self._executor, finished, end)
+        self._page.add(Counter.RECOVERIES_TOTAL)  # last: who sees it sees the rest
         self._executor.status.write()

@@ -245,7 +245,7 @@ class Rebuild:
         self, lost_blocks: set[int], used: dict[str, set[int]], result: RebuildResult, *, timeout_s: float
     ) -> RebuildResult:
         """Rung 3 for the requests that use a block which is gone."""
-        scheduler, view = self._session.scheduler, self._executor.view
+        view = self._executor.view
         coming = self._unwritten()
         affected = {name for name, blocks in used.items() if blocks & lost_blocks}
         affected |= {name for name in stuck_in_prompt_logprobs(view) if name in used}
@@ -255,22 +255,29 @@ class Rebuild:
         if not affected and not lost_blocks:
             return result
         affected = coming.with_sharers(affected, used)
-        tokens = sum(
-            request.num_computed_tokens - coming.scheduled.get(request.request_id, 0)
-            for request in scheduler.running
-            if request.request_id in affected
-        )
+        tokens = _count_recomputed(self._session, affected, coming)
         reason = (
             f"{len(lost_blocks)} KV blocks were not rebuilt" if lost_blocks else "log-probabilities are gone"
         )
+        scheduler = self._session.scheduler
         request_events.recomputed(self._page.events, scheduler, affected, coming.scheduled, reason)
         leave_steps(self._executor, affected, coming, lost_blocks)
         self.roll_back(timeout_s=timeout_s)
-        self._page.add(Counter.TOKENS_RECOMPUTED_TOTAL, tokens)
-        self._page.add(Counter.REQUESTS_RECOMPUTED_TOTAL, len(affected))
         if affected:
             logger.warning("recomputing %d requests, %d tokens", len(affected), tokens)
         return result.plus(RebuildResult(tokens_recomputed=tokens, requests_recomputed=len(affected)))
+
+
+def _count_recomputed(session: Any, requests: set[str], coming: Unwritten) -> int:
+    """What these requests have in their KV, before they start over; counted and returned."""
+    tokens = sum(
+        request.num_computed_tokens - coming.scheduled.get(request.request_id, 0)
+        for request in session.scheduler.running
+        if request.request_id in requests
+    )
+    session.page.add(Counter.TOKENS_RECOMPUTED_TOTAL, tokens)
+    session.page.add(Counter.REQUESTS_RECOMPUTED_TOTAL, len(requests))
+    return tokens
 
 
 def leave_steps(executor: Any, requests: set[str], coming: Unwritten, lost_blocks: set[int]) -> None:
@@ -293,6 +300,7 @@ def give_up_steps(executor: Any, *, failing: set[str]) -> None:
     gone = coming.blocks().keys()
     events, reason = executor.session.page.events, "its step was given up for another request"
     request_events.recomputed(events, scheduler, requests, coming.scheduled, reason)
+    _count_recomputed(executor.session, requests, coming)
     scheduler.recompute(requests, forget=gone, known=view.requests)
     for step in executor.open_steps:
         guard.withdraw(step.pieces, gone)

@@ -41,6 +41,7 @@ def tell_failed_phases(events: EventRings, happened: Iterable[machine.Event]) ->
 
 def tell_failed_step(executor: Any, reason: str) -> None:
     """The oldest step in flight is given up."""
+    logger.error("the step is given up, its requests get an error: %s", reason)
     executor.session.page.events.tell(StepFailed(reason=reason, requests=len(_oldest(executor))))
 
 
@@ -51,6 +52,7 @@ def _oldest(executor: Any) -> Collection[str]:
 
 def tell_end(executor: Any, report: RecoveryReport, end: End) -> None:
     """First each request that goes on, then the report: who sees that has seen all of them."""
+    logger.warning("%s: %s", end.value, report.to_json())
     events, scheduler = executor.session.page.events, executor.session.scheduler
     resumed = 0
     if scheduler is not None and end is not End.GIVEN_UP:

@@ -83,9 +83,11 @@ class Standbys:
         start: Callable[[], StartedProcess],
         *,
         wanted: int,
+        on_death: Callable[[], object] = lambda: None,
         tell: Callable[[Event], object] = lambda event: None,
     ) -> None:
         self._start = start
+        self._on_death = on_death
         self._tell = tell
         self.wanted = wanted
         self._lock = threading.Lock()
@@ -172,6 +174,7 @@ class Standbys:
         self._tell(StandbyDied(pid=self._pid(standby), reason=reason))
         self._standbys.remove(standby)
         standby.end()
+        self._on_death()
         self._deaths.append(now_s)
         while self._deaths[0] < now_s - DEATHS_WINDOW_S:
             self._deaths.popleft()

@@ -20,6 +20,7 @@ from ghostserve.engine.settings import Settings
 from ghostserve.engine.spawn import Place, StartedProcess, WorkerStart, fork_server, start_process
 from ghostserve.engine.standbys import Standbys
 from ghostserve.events.kinds import RankTaken
+from ghostserve.types import FailureKind
 
 HANDSHAKE_S = 60.0
 START_LEAST_S, START_FACTOR = 20.0, 3.0
@@ -38,8 +39,12 @@ class Starter:
         self._worker_lock = self._context.Lock()  # newcomers need it too: keep it referenced
         self._timeout_s = settings.config.start_timeout
         self._took_s: float | None = None  # the longest start so far; the first one imports everything
+        page = executor.session.page
         self.standbys = Standbys(
-            self.start_standby, wanted=settings.standbys(), tell=executor.session.page.events.tell
+            self.start_standby,
+            wanted=settings.standbys(),
+            on_death=lambda: page.ledger.count_failure(FailureKind.STANDBY),
+            tell=page.events.tell,
         )
 
     def start_all(self) -> None:

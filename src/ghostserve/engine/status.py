@@ -76,6 +76,7 @@ class StatusWriter:
                 if (now_s := monotonic_s()) >= slow_at_s:
                     slow_at_s = now_s + SLOW_PERIOD_S
                     self._executor.watch.look_for_slow()
+                    self._executor.performer.tally.look()
                 self.write()
             except Exception:
                 logger.exception("the state page could not be written")
@@ -89,6 +90,7 @@ class StatusWriter:
         reports = [report.as_dict() for report in executor.performer.reports]
         document = {
             **self._fixed,
+            "written_at_s": round(monotonic_s(), 3),
             "epoch": executor.performer.epoch,
             "state": self._state().value,
             "failure": self.failed,
@@ -96,6 +98,7 @@ class StatusWriter:
             "ranks": [self._rank(rank) for rank in range(executor.world_size)],
             "longest_quiet_s": round(executor.watch.longest_quiet_s, 3),
             "standbys": executor.starter.standbys.describe(),
+            "standbys_wanted": executor.starter.standbys.wanted,
             "keeper": {"pid": page.keeper_pid, "restarts": page.get(Counter.KEEPER_RESTARTS)},
             "shadow": self._shadow(guard),
             "scrub": executor.scrubber.document(),

@@ -36,6 +36,7 @@ from ghostserve.recovery.detector import (
 from ghostserve.recovery.loss_rate import Evictions
 from ghostserve.recovery.slow import SlowRank, SlowRanks, Work
 from ghostserve.recovery.step_times import StepSize, StepTimes
+from ghostserve.types import FailureKind
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ class Watch:
         for rank in slow.keys() - self._slow_ranks.keys():
             logger.warning("rank %d is slow: %s", rank, slow[rank].reason)
             self._page.events.tell(RankSlow(rank=rank, reason=slow[rank].reason))
+            self._page.ledger.count_failure(FailureKind.SLOW)
         for rank in self._slow_ranks.keys() - slow.keys():
             logger.warning("rank %d is no longer slow", rank)
             self._page.events.tell(RankNotSlow(rank=rank))

@@ -30,6 +30,7 @@ from ghostserve.arena.memfd import Segment
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import GhostserveError
 from ghostserve.events.kinds import KeeperDied, KeeperGivenUp, KeeperRestarted
+from ghostserve.types import FailureKind
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,8 @@ class KeeperSupervisor:
                 self._run_keeper()
             except Exception:  # counts as a death; the server itself needs no keeper
                 logger.exception("the keeper could not be started")
+            if not self._closing:
+                self.control.ledger.count_failure(FailureKind.KEEPER)
 
     def _run_keeper(self) -> None:
         """Start the keeper and return when it is dead and reaped."""

@@ -94,6 +94,9 @@ class ManifestStatistics:
     mirror_frames: int
     parity_frames: int
     encode_failures: int
+    protected_slots: int  # may be restored
+    lag_slots: int  # planned in steps that are not accepted yet
+    unprotected_slots: int  # written to blocks without an entry
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,7 +110,7 @@ class Manifest:
     pool: FramePool
     compact: bool = True  # False in replica mode: mirrors are kept
     entries: dict[int, Entry] = field(default_factory=dict)
-    unprotected: dict[int, tuple[int, bool]] = field(default_factory=dict)  # block -> (group, fully written)
+    unprotected: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> (group, slots written)
     _generations: dict[int, int] = field(default_factory=dict)
     _jobs: dict[int, Entry] = field(default_factory=dict)
     _dropped: dict[tuple[int, int], Entry] = field(
@@ -144,8 +147,8 @@ class Manifest:
 
     def plan_catch_up(self, block: int) -> Piece | None:
         """Mirror a fully written, unprotected block from live KV inside the coming step."""
-        group, full = self.unprotected[block]
-        assert full, f"block {block} is still being written"
+        group, _ = self.unprotected[block]
+        assert self.is_full(block), f"block {block} is still being written"
         entry = self._allocate(block, group)
         if entry is None:
             return None
@@ -285,9 +288,8 @@ class Manifest:
             if entry is None or entry.job is not None or entry.open_pieces:
                 continue
             freed += len(entry.mirrors) + len(entry.parity)
-            group, full = entry.group, entry.slots == self.block_sizes[entry.group]
             self.drop(block)
-            self.unprotected[block] = (group, full)
+            self._mark_unprotected(block, entry.group, entry.slots)
         return freed
 
     def take_retired(self) -> tuple[int, ...]:
@@ -322,6 +324,11 @@ class Manifest:
     def open_jobs(self) -> int:
         return len(self._jobs)
 
+    def is_full(self, block: int) -> bool:
+        """Whether an unprotected block is fully written: then it can be caught up."""
+        group, written = self.unprotected[block]
+        return written == self.block_sizes[group]
+
     def statistics(self) -> ManifestStatistics:
         states = [entry.state for entry in self.entries.values()]
         return ManifestStatistics(
@@ -332,6 +339,9 @@ class Manifest:
             mirror_frames=sum(len(entry.mirrors) for entry in self.entries.values()),
             parity_frames=sum(len(entry.parity) for entry in self.entries.values()),
             encode_failures=self.encode_failures,
+            protected_slots=sum(entry.slots for entry in self.entries.values()),
+            lag_slots=sum(entry.planned - entry.slots for entry in self.entries.values()),
+            unprotected_slots=sum(written for _, written in self.unprotected.values()),
         )
 
     def check(self) -> None:
@@ -376,7 +386,7 @@ class Manifest:
         )
 
     def _mark_unprotected(self, block: int, group: int, written: int) -> None:
-        self.unprotected[block] = (group, written == self.block_sizes[group])
+        self.unprotected[block] = (group, written)
 
     def _retire_if_unused(self, entry: Entry) -> None:
         """The frames of an entry that was given up, once nobody writes or reads them any more."""

@@ -161,8 +161,8 @@ class Protection:
         spare = manifest.pool.free_count - CATCH_UP_SPARE * manifest.ranks
         if spare < manifest.ranks or self.blocks is None:
             return []
-        for block, (_, full) in manifest.unprotected.items():
-            if full and self.blocks.is_live(block):
+        for block in manifest.unprotected:
+            if manifest.is_full(block) and self.blocks.is_live(block):
                 piece = manifest.plan_catch_up(block)
                 return [] if piece is None else [piece]
         return []

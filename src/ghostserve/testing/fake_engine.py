@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ghostserve.arena.event_rings import RINGS_BYTES, EventRings, Teller
+from ghostserve.arena.ledger import LEDGER_BYTES, Ledger
 from ghostserve.arena.names import Counter, Fault, Switch
 from ghostserve.clock import monotonic_s, sleep_s, wall_s
 from ghostserve.events import kinds
 from ghostserve.events.log import EventLog
-from ghostserve.types import Phase
+from ghostserve.types import FailureKind, Phase, RecoveryOutcome, RecoveryPath
 from ghostserve.web.processes import read_start_time_ticks
 
 WORDS = ("def", "return", "self", "for", "in", "if", "not", "import", "class", "path", "=", "(", ")", "\n")
@@ -51,6 +52,8 @@ class FakeEngine:
         self.switches = dict.fromkeys(Switch, False)
         self.faults: list[Fault] = []
         self.corrupt = False
+        self.keeper_given_up = False
+        self.ledger = Ledger(memoryview(bytearray(LEDGER_BYTES)))
         self.state = "serving"
         self.lock = threading.Lock()
         self.open: dict[str, int] = {}  # tokens shown, by request
@@ -150,6 +153,10 @@ class FakeEngine:
         values = {Counter.KV_BYTES_PROTECTED: 2 * blocks * FRAME_BYTES, Counter.STEPS_TOTAL: self.tokens}
         return {counter.name.lower(): values.get(counter, 0) for counter in Counter}
 
+    @property
+    def keeper_pid(self) -> int:
+        return self.keeper.pid
+
     def arm_fault(self, fault: Fault) -> int:
         self.faults.append(fault)
         return len(self.faults) - 1
@@ -216,8 +223,18 @@ class FakeEngine:
                 "requests_recomputed": int(recompute),
             }
         )
+        self._tally(lost, recompute=recompute, phases_ms=phases_ms)
         self._tell_end(self.recoveries[-1], began_s)
         self.state = "serving"
+
+    def _tally(self, lost: list[int], *, recompute: bool, phases_ms: dict[str, float]) -> None:
+        for _ in lost:
+            self.ledger.count_failure(FailureKind.CRASH)
+        path = RecoveryPath.RECOMPUTE if recompute else RecoveryPath.REBUILD
+        self.ledger.count_recovery(path, RecoveryOutcome.RECOVERED)
+        self.ledger.observe(None, sum(phases_ms.values()) / 1e3)
+        for name, took_ms in phases_ms.items():
+            self.ledger.observe(Phase(name), took_ms / 1e3)
 
     def _tell_end(self, report: dict[str, Any], began_s: float) -> None:
         ended_s = began_s

@@ -13,14 +13,19 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, make_asgi_app
 
 from ghostserve.testing.fake_engine import FakeEngine
+from ghostserve.web.metrics import PageCollector
 from ghostserve.web.routes import build_router
 
 
 def build_app(engine: FakeEngine, *, api_keys: tuple[str, ...] = (), fault_injection: bool = True) -> FastAPI:
     """The app: our routes over `engine`, and as much of the OpenAI API as the page and the demo use."""
     app = FastAPI()
+    registry = CollectorRegistry()
+    registry.register(PageCollector(engine))
+    app.mount("/metrics", make_asgi_app(registry=registry))
     router = build_router(
         engine, api_keys=api_keys, fault_injection=fault_injection, events=engine.log, tell=engine.events.tell
     )
