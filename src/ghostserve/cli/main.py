@@ -24,6 +24,7 @@ VERBS = {
     "serve": "serve a model over the OpenAI API; takes every flag of vLLM's own server",
     "status": "show a running server's workers, shadow and recoveries",
     "kill": "have a running server suffer a fault, by default the death of a worker",
+    "doctor": "look for what stands in the way of a server here, with a remedy for each finding",
     "demo": "kill a worker in the middle of an answer and check that the answer goes on unchanged",
     "bench": "measure what the codec reaches on this machine",
     "chaos": "load a server, have faults of all kinds strike it, and compare every answer",
