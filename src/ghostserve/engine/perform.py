@@ -92,6 +92,12 @@ class Performer:
         """Ranks that are being replaced now."""
         return self._machine.lost
 
+    @property
+    def recovering_since_s(self) -> float | None:
+        """When the loss that is being repaired was noticed; any thread may ask."""
+        report = self._report
+        return None if report is None else report.clock.started_at_s
+
     # -- called by the executor and the monitor --------------------------------------------------------
 
     def recover(self, failure: RanksDied | RankRaised | RankSilent) -> Outcome:

@@ -7,6 +7,7 @@ what follows a loss is other text; with `force_recompute` the recovery reports t
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -47,6 +48,11 @@ class FakeEngine:
         self.faults: list[Fault] = []
         self.corrupt = False
         self.state = "serving"
+        self.recovering_since_s: float | None = None
+        self.last_step_s: float | None = None
+        self.errored = False
+        self.open_streams = 0
+        self.ended_because: str | None = None
         self.lock = threading.Lock()
         self.workers = [self._spawn() for _ in range(ranks)]
         self.keeper = self._spawn()
@@ -85,6 +91,7 @@ class FakeEngine:
             "epoch": self.epoch,
             "state": self.state,
             "phase": "spawn" if self.state == "recovering" else None,
+            "recovering_since_s": self.recovering_since_s,
             "ranks": ranks,
             "keeper": {"pid": self.keeper.pid, "restarts": 0},
             "shadow": self._shadow(),
@@ -166,9 +173,11 @@ class FakeEngine:
             if lost:
                 self._recover(lost)
             self.tokens += 1
+            self.last_step_s = monotonic_s()
 
     def _recover(self, lost: list[int]) -> None:
         began_s, self.state = monotonic_s(), "recovering"
+        self.recovering_since_s = began_s
         if self.exit_code_at_loss is not None:
             self.close()
             os._exit(self.exit_code_at_loss)
@@ -201,14 +210,37 @@ class FakeEngine:
                 "requests_recomputed": int(recompute),
             }
         )
-        self.state = "serving"
+        self.state, self.recovering_since_s = "serving", None
+
+    def get_num_unfinished_requests(self) -> int:
+        """As of vLLM's engine client."""
+        return self.open_streams
+
+    async def generate_one_token(self, _client: Any) -> None:
+        """For /health_generate: a step like any other, so that it waits for a recovery."""
+        await asyncio.get_running_loop().run_in_executor(None, self.step)
 
     def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
-        """The server-sent events of one answer."""
+        """The server-sent events of one answer; ends with an error when the server is told to end and time is up."""
+        self.open_streams += 1
+        try:
+            yield from self._events(prompt, max_tokens)
+        finally:
+            self.open_streams -= 1
+
+    async def end_open(self, reason: str) -> None:
+        """Have every stream end with this error."""
+        self.ended_because = reason
+
+    def _events(self, prompt: str, max_tokens: int) -> Iterator[str]:
         self.corrupt = False
         good, wrong = random.Random(prompt), random.Random(prompt + "!")
         for index in range(max_tokens):
             self.step()
+            if self.ended_because is not None:
+                error = {"message": self.ended_because, "type": "Service Unavailable", "code": 503}
+                yield f"data: {json.dumps({'error': error})}\n\n"
+                break
             drawn = good.randrange(len(WORDS)), wrong.randrange(len(WORDS))
             token = drawn[1] if self.corrupt else drawn[0]
             choice = {
