@@ -63,6 +63,9 @@ def test_single_values(segment: Segment) -> None:
     assert (reader.epoch, reader.keeper_pid, reader.keeper_given_up) == (2**64 - 1, 1234, True)
     writer.keeper_pid = None
     assert reader.keeper_pid is None
+    assert reader.last_step_s is None
+    writer.last_step_s = 123456.789012345
+    assert reader.last_step_s == pytest.approx(123456.789012345, abs=1e-6)
 
 
 def test_every_item_has_its_own_place(segment: Segment) -> None:

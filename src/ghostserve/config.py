@@ -142,6 +142,17 @@ class GhostConfig:
         "differ from those without the loss)",
         choices=("exact", "fastest"),
     )
+    stall_timeout: float = _option(
+        300.0,
+        "/health answers 503 once requests have waited for so long without a step being accepted; more than a recovery "
+        "may take",
+        metavar="SECONDS",
+    )
+    ready_while_recovering: float = _option(
+        10.0,
+        "/readyz goes on answering 200 in a recovery for so long: most are over before a load balancer would notice",
+        metavar="SECONDS",
+    )
     enable_fault_injection: bool = _option(
         False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
     )
@@ -179,6 +190,7 @@ class GhostConfig:
             "restore_timeout",
             "first_step_timeout",
             "losses_window",
+            "stall_timeout",
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0 seconds")
@@ -196,6 +208,8 @@ class GhostConfig:
             )
         if not 1 <= self.event_log_files <= EVENT_LOG_FILES_MAX:
             raise UsageError(f"--event-log-files {self.event_log_files}: 1 to {EVENT_LOG_FILES_MAX}")
+        if not 0 <= self.ready_while_recovering < math.inf:
+            raise UsageError(f"--ready-while-recovering {self.ready_while_recovering}: must not be negative")
         for name in ("hang_factor", "slow_factor"):
             if not 1 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 1")

@@ -97,6 +97,7 @@ class Served:
             cache_salt=salt or fresh_salt(),
             on_token=on_token,
             timeout_s=timeout_s,
+            api_key=self.server.api_key,
             extra=ask.extra,
             **ask.body,
         )
@@ -215,6 +216,7 @@ def serve(
     model: Path = TINY,
     env: dict[str, str] | None = None,
     serving: str = "v1-sync",
+    api_key: str | None = None,
 ) -> Served:
     """Start a server of ours for one configuration and wait for it."""
     more_flags, more_env = SERVING[serving]
@@ -233,7 +235,8 @@ def serve(
         *flags,
         *more_flags,
     )  # fmt: skip
-    server = ServerProcess(command, log_dir=tmp_path, env={**SERVER_ENV, **more_env(), **(env or {})})
+    environment = {**SERVER_ENV, **more_env(), **(env or {})}
+    server = ServerProcess(command, log_dir=tmp_path, env=environment, api_key=api_key)
     STARTED.append(name)
     server.start()
     try:

@@ -4,7 +4,7 @@ A segment of fixed size. Reading never waits for a writer, so `status`, `/ui` an
 outage. Each item has one writer at a time; counters have a lane per process instead, so that adding needs no
 lock between processes and no count is lost.
 
-        0  magic · version · epoch · keeper pid · keeper given up
+        0  magic · version · epoch · keeper pid · keeper given up · last step
       128  switches            u64 each
       512  faults
      4096  stamps              a shared record per rank
@@ -58,7 +58,7 @@ LANE_FRONT, LANE_ENGINE, LANE_KEEPER = range(RANKS_MAX, RANKS_MAX + 3)  # lanes 
 VERSION = 6
 _MAGIC = int.from_bytes(b"ghostsrv", "little")
 _MASK = (1 << 64) - 1
-_MAGIC_WORD, _VERSION_WORD, _EPOCH_WORD, _KEEPER_PID_WORD, _KEEPER_OFF_WORD = range(5)
+_MAGIC_WORD, _VERSION_WORD, _EPOCH_WORD, _KEEPER_PID_WORD, _KEEPER_OFF_WORD, _LAST_STEP_WORD = range(6)
 _TELLERS = {LANE_ENGINE: Teller.ENGINE, LANE_FRONT: Teller.FRONT}
 _SWITCHES, _FAULTS, _STAMPS, _MARKS, _COUNTERS, _STATE, _PROGRESS, _LEDGER, _EVENTS = (
     128,
@@ -151,6 +151,15 @@ class ControlPage:
     @keeper_given_up.setter
     def keeper_given_up(self, given_up: bool) -> None:
         self._words[_KEEPER_OFF_WORD] = int(given_up)
+
+    @property
+    def last_step_s(self) -> float | None:
+        """Monotonic time at which a step was accepted last; None before the first. Written by the engine core."""
+        return self._words[_LAST_STEP_WORD] / 1e9 or None
+
+    @last_step_s.setter
+    def last_step_s(self, now_s: float) -> None:
+        self._words[_LAST_STEP_WORD] = int(now_s * 1e9)
 
     def get_switch(self, switch: Switch) -> bool:
         return bool(self._words[_SWITCHES // 8 + switch])

@@ -11,6 +11,7 @@ from typing import Any
 from ghostserve.arena.control import ControlPage
 from ghostserve.config import GhostConfig
 from ghostserve.errors import GhostserveError
+from ghostserve.web.draining import MIDDLEWARE
 from ghostserve.web.security import demand_sendable_key
 
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     at_end: list[Callable[[int], None]] = []
     code = GhostserveError.exit_code
     try:
-        code = serve(argv, partial(mount, at_end=at_end))
+        code = serve(argv, partial(mount, at_end=at_end), middleware=(MIDDLEWARE,))
     except GhostserveError as error:
         code = error.exit_code
         raise
@@ -50,6 +51,8 @@ def mount(
     if page is None:
         return
     from ghostserve.cli.serve_events import KeptEvents
+    from ghostserve.web.health import add_health_routes
+    from ghostserve.web.health_state import Limits
     from ghostserve.web.metrics import expose
     from ghostserve.web.routes import build_router
 
@@ -57,10 +60,15 @@ def mount(
     if at_end is not None:
         at_end.append(kept.close)
     app.state.ghostserve_events = kept.log
+    keys = api_keys_of(arguments, os.environ)
+    limits = Limits(
+        stall_timeout_s=config.stall_timeout, ready_while_recovering_s=config.ready_while_recovering
+    )
+    add_health_routes(app, page, limits=limits, generate=_generate, api_keys=keys)
     app.include_router(
         build_router(
             page,
-            api_keys=api_keys_of(arguments, os.environ),
+            api_keys=keys,
             fault_injection=config.enable_fault_injection,
             bound_host=arguments.host,
             events=kept.log,
@@ -68,6 +76,12 @@ def mount(
         )
     )
     expose(app, page)
+
+
+async def _generate(engine: Any) -> None:
+    from ghostserve.engine.one_token import generate_one_token  # vLLM's, and so not before it is needed
+
+    await generate_one_token(engine)
 
 
 def api_keys_of(arguments: Namespace, environment: Mapping[str, str]) -> list[str]:

@@ -96,6 +96,12 @@ class Performer:
         """Ranks that are being replaced now."""
         return self._machine.lost
 
+    @property
+    def recovering_since_s(self) -> float | None:
+        """When the loss that is being repaired was noticed; any thread may ask."""
+        report = self._report
+        return None if report is None else report.clock.started_at_s
+
     # -- called by the executor and the monitor --------------------------------------------------------
 
     def recover(self, failure: RanksDied | RankRaised | RankSilent) -> Outcome:
@@ -239,14 +245,8 @@ class Performer:
         """Newcomers start, survivors wait for them at a new rendezvous, weights are loaded."""
         executor, lost, survivors = self._executor, self.lost, self._survivors()
         ring, timeout_s = executor.ring, executor.starter.bound_s
-        now = executor.weights_now()
-        if lost and (changed := weights_identity.what_changed(executor.weights, now)):
-            raise CannotReplace(changed)
-        if lost and executor.weights_changed_by:
-            raise CannotReplace(
-                f"the weights were changed in memory ({executor.weights_changed_by}): a replacement would not have "
-                "them; restart the server"
-            )
+        if lost and (reason := weights_identity.why_no_replacement(executor)):
+            raise CannotReplace(reason)
         executor.starter.meet()
         message = RegroupMessage(
             init_method=executor.starter.meeting.url,

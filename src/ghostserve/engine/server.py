@@ -13,6 +13,7 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.exceptions import GracefulHTTPError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
@@ -37,7 +39,7 @@ from ghostserve.arena.control import ControlPage
 from ghostserve.clock import monotonic_s
 from ghostserve.codec.matrix import check_size
 from ghostserve.config import CONFIG_ENV, GhostConfig
-from ghostserve.engine import leftovers, logs
+from ghostserve.engine import drain, leftovers, logs
 from ghostserve.engine.interrupts import felt_at_once
 from ghostserve.engine.limits import refuse_arguments, refuse_other_servers, refuse_unsupported
 from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
@@ -51,7 +53,8 @@ from ghostserve.shadow.keeper_supervisor import KeeperSupervisor
 logger = logging.getLogger(__name__)
 
 KEEPER_START_S = 10.0
-LAST_WORDS_S = 5.0  # for answers that are under way once the engine has ended
+# For answers that are under way once nothing is waited for, and for the engine core to end.
+LAST_WORDS_S = 5.0
 RESPONSE_METRICS = "ghostserve.web.response_metrics.ResponseMetrics"  # by name: it is a layer above
 RUN_DIRECTORY_CHARS_MAX = 107 - len("/") - 36  # a Unix socket's path, less vLLM's file name (a UUID)
 
@@ -94,8 +97,11 @@ def _spread_config(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def serve(argv: Sequence[str], mount: Mount) -> int:
-    """Serve until told to stop. Returns the exit code; raises UsageError, StartError or EngineLost."""
+def serve(argv: Sequence[str], mount: Mount, *, middleware: Sequence[str] = ()) -> int:
+    """Serve until told to stop. Returns the exit code; raises UsageError, StartError or EngineLost.
+
+    `middleware` are ASGI classes by qualified name, as vLLM's `--middleware` takes them: it hands the app on built.
+    """
     arguments, config = parse_arguments(argv)
     configure_logging_from_args(arguments)
     logs.join_vllm()
@@ -112,6 +118,7 @@ def serve(argv: Sequence[str], mount: Mount) -> int:
     _demand_our_platform()
     Settings(config=config).memory_budget_bytes()
     _use_our_parts(arguments, config)
+    arguments.middleware = [*arguments.middleware, *middleware]
     directory = leftovers.make_run_directory()
     try:
         os.environ[leftovers.RUN_DIRECTORY_ENV] = str(directory)
@@ -204,15 +211,18 @@ class _Engine(AsyncLLM):
 
     lost = False
     _stopped = False
-    on_shutdown: Callable[[float], None] | None = None
 
     def shutdown(self, timeout: float | None = None) -> None:
         if not self._stopped:
             self._stopped = True
             self.lost = hasattr(self, "engine_core") and bool(self.errored)
-            if self.on_shutdown is not None and not self.lost:
-                self.on_shutdown(timeout or 0.0)
         super().shutdown(timeout)
+
+    async def end_requests(self, reason: str) -> None:
+        """Every request that is open ends with this error, as 503; the engine core forgets them."""
+        processor = self.output_processor
+        processor.propagate_error(GracefulHTTPError(reason, HTTPStatus.SERVICE_UNAVAILABLE))
+        await self.abort(list(processor.request_states), internal=True)
 
 
 class _Server:
@@ -226,6 +236,7 @@ class _Server:
         self._mount = mount
         self._page = page
         self._began_s = monotonic_s()
+        self._drain: drain.Drain | None = None
         self.serving = False
         self.engine_lost = False
         self.interrupted = False
@@ -251,7 +262,7 @@ class _Server:
             sock.close()
 
     @contextlib.asynccontextmanager
-    async def _engine_client(self) -> AsyncIterator[AsyncLLM]:
+    async def _engine_client(self) -> AsyncIterator[_Engine]:
         engine_args = AsyncEngineArgs.from_cli_args(self._arguments)
         try:
             vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
@@ -269,25 +280,45 @@ class _Server:
             )
         try:
             await engine.reset_mm_cache()
-            engine.on_shutdown = lambda timeout_s: self._tell(ServerDraining(timeout_s=timeout_s))
             yield engine
         finally:
-            engine.shutdown(timeout=vllm_config.shutdown_timeout)
+            engine.shutdown(timeout=self._engine_ends_within_s(vllm_config.shutdown_timeout))
             self.engine_lost = engine.lost
 
-    async def _serve_app(self, engine: AsyncLLM, address: str, sock: Any) -> Any:
+    def _engine_ends_within_s(self, shutdown_timeout_s: float) -> float:
+        """What its requests were given is over once it is told to end; with 0, as vLLM has it, it is killed."""
+        if self._drain is None:
+            return shutdown_timeout_s
+        return 0.0 if self._drain.hurried else min(shutdown_timeout_s, LAST_WORDS_S)
+
+    def _make_drain(self, app: Any, engine: _Engine) -> drain.Drain:
+        def stop() -> None:
+            app.state.server.should_exit = True
+            app.state.server.force_exit = self._drain is not None and self._drain.hurried
+
+        return drain.Drain(
+            timeout_s=engine.vllm_config.shutdown_timeout,
+            end_open=engine.end_requests,
+            engine_lost=lambda: bool(engine.errored),
+            stop=stop,
+        )
+
+    async def _serve_app(self, engine: _Engine, address: str, sock: Any) -> Any:
         arguments = self._arguments
         extra: dict[str, Any] = {}
         if (log_config := get_uvicorn_log_config(arguments)) is not None:
             extra["log_config"] = log_config
         tasks = await engine.get_supported_tasks()
         app = build_app(arguments, tasks, engine.model_config)
+        if self._page is not None:
+            self._drain = self._make_drain(app, engine)
+            setattr(app.state, drain.STATE_NAME, self._drain)
         self._mount(app, self._page, arguments, self._config)
         await init_app_state(engine, app.state, arguments, tasks)
         logger.info("Starting ghostserve on %s", address)
         self.serving = True
         self._tell(ServerServing(start_s=monotonic_s() - self._began_s))
-        interrupts = asyncio.get_running_loop().create_task(self._note_interrupts(app))
+        interrupts = asyncio.get_running_loop().create_task(self._take_signals(app))
         try:
             return await serve_http(
                 app,
@@ -316,8 +347,8 @@ class _Server:
         if self._page is not None:
             self._page.events.tell(event)
 
-    async def _note_interrupts(self, app: Any) -> None:
-        """Once vLLM has installed its handlers: Ctrl-C ends as SIGTERM does, but is remembered."""
+    async def _take_signals(self, app: Any) -> None:
+        """Once vLLM has installed its handlers: SIGTERM drains; Ctrl-C ends as SIGTERM does, but is remembered."""
         while not getattr(getattr(app.state, "server", None), "started", False):
             await asyncio.sleep(0.05)
 
@@ -325,4 +356,12 @@ class _Server:
             self.interrupted = True
             os.kill(os.getpid(), signal.SIGTERM)
 
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, interrupt)
+        if self._drain is not None:
+            loop.add_signal_handler(signal.SIGTERM, self._begin_drain, self._drain)
+
+    def _begin_drain(self, drain: drain.Drain) -> None:
+        if not drain.begun:
+            self._tell(ServerDraining(timeout_s=drain.timeout_s))
+        drain.tell()

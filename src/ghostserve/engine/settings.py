@@ -27,9 +27,9 @@ class Settings:
     def from_environment(cls) -> Settings:
         return cls(config=GhostConfig.from_environment())
 
-    def memory_budget_bytes(self) -> int:
-        """Host memory for the shadow, at most. Raises UsageError if there is not so much."""
-        available, budget = memory_limit_bytes(), self.config.host_memory
+    def memory_budget_bytes(self, *, available: int | None = None) -> int:
+        """Host memory for the shadow, at most, of `available` bytes, by default what there is. UsageError if it is less."""
+        available, budget = available or memory_limit_bytes(), self.config.host_memory
         if budget is None:
             return int(available * DEFAULT_SHARE)
         if budget > available:

@@ -95,6 +95,7 @@ class StatusWriter:
             "state": self._state().value,
             "failure": self.failed,
             "phase": None if executor.performer.phase is None else executor.performer.phase.value,
+            "recovering_since_s": executor.performer.recovering_since_s,
             "ranks": [self._rank(rank) for rank in range(executor.world_size)],
             "longest_quiet_s": round(executor.watch.longest_quiet_s, 3),
             "standbys": executor.starter.standbys.describe(),

@@ -117,7 +117,7 @@ class Watch:
             if self._fresh is None:
                 self._times.learn(step.size, now_s - max(step.sent_at_s, self._accepted_at_s))
             self._fresh = None
-        self._accepted_at_s = now_s
+        self._accepted_at_s = self._page.last_step_s = now_s
         self._verdicts = {}
 
     def replaced(self, newcomers: frozenset[int]) -> None:

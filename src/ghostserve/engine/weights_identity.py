@@ -8,6 +8,7 @@ commit has a folder of its own; vLLM asks once at the start which commit a branc
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -72,3 +73,15 @@ def what_changed(
         f"the model's files changed since the server started ({', '.join(names)}), so a replacement would compute "
         "something else; restart the server"
     )
+
+
+def why_no_replacement(executor: Any) -> str | None:
+    """A sentence if a replacement would have other weights than the rank that was lost; None if it would have the same."""
+    if changed := what_changed(executor.weights, executor.weights_now()):
+        return changed
+    if executor.weights_changed_by:
+        return (
+            f"the weights were changed in memory ({executor.weights_changed_by}): a replacement would not have them; "
+            "restart the server"
+        )
+    return None

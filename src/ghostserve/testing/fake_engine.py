@@ -7,6 +7,7 @@ what follows a loss is other text; with `force_recompute` the recovery reports t
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -55,6 +56,11 @@ class FakeEngine:
         self.keeper_given_up = False
         self.ledger = Ledger(memoryview(bytearray(LEDGER_BYTES)))
         self.state = "serving"
+        self.recovering_since_s: float | None = None
+        self.last_step_s: float | None = None
+        self.errored = False
+        self.open_streams = 0
+        self.ended_because: str | None = None
         self.lock = threading.Lock()
         self.open: dict[str, int] = {}  # tokens shown, by request
         self.memory = memoryview(bytearray(RINGS_BYTES))
@@ -98,6 +104,7 @@ class FakeEngine:
             "epoch": self.epoch,
             "state": self.state,
             "phase": "spawn" if self.state == "recovering" else None,
+            "recovering_since_s": self.recovering_since_s,
             "ranks": ranks,
             "keeper": {"pid": self.keeper.pid, "restarts": 0},
             "shadow": self._shadow(),
@@ -183,9 +190,11 @@ class FakeEngine:
             if lost:
                 self._recover(lost)
             self.tokens += 1
+            self.last_step_s = monotonic_s()
 
     def _recover(self, lost: list[int]) -> None:
         began_s, self.state = monotonic_s(), "recovering"
+        self.recovering_since_s = began_s
         if self.exit_code_at_loss is not None:
             self.close()
             os._exit(self.exit_code_at_loss)
@@ -225,7 +234,15 @@ class FakeEngine:
         )
         self._tally(lost, recompute=recompute, phases_ms=phases_ms)
         self._tell_end(self.recoveries[-1], began_s)
-        self.state = "serving"
+        self.state, self.recovering_since_s = "serving", None
+
+    def get_num_unfinished_requests(self) -> int:
+        """As of vLLM's engine client."""
+        return self.open_streams
+
+    async def generate_one_token(self, _client: Any) -> None:
+        """For /health_generate: a step like any other, so that it waits for a recovery."""
+        await asyncio.get_running_loop().run_in_executor(None, self.step)
 
     def _tally(self, lost: list[int], *, recompute: bool, phases_ms: dict[str, float]) -> None:
         for _ in lost:
@@ -254,7 +271,18 @@ class FakeEngine:
         )
 
     def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
-        """The server-sent events of one answer."""
+        """The server-sent events of one answer; ends with an error when the server is told to end and time is up."""
+        self.open_streams += 1
+        try:
+            yield from self._events(prompt, max_tokens)
+        finally:
+            self.open_streams -= 1
+
+    async def end_open(self, reason: str) -> None:
+        """Have every stream end with this error."""
+        self.ended_because = reason
+
+    def _events(self, prompt: str, max_tokens: int) -> Iterator[str]:
         self.corrupt = False
         began_s, name = monotonic_s(), f"cmpl-{next(self._requests)}-0-{0:08x}"
         self.open[name] = 0
@@ -277,6 +305,10 @@ class FakeEngine:
         good, wrong = random.Random(prompt), random.Random(prompt + "!")
         for index in range(max_tokens):
             self.step()
+            if self.ended_because is not None:
+                error = {"message": self.ended_because, "type": "Service Unavailable", "code": 503}
+                yield f"data: {json.dumps({'error': error})}\n\n"
+                break
             self.open[name] += 1
             drawn = good.randrange(len(WORDS)), wrong.randrange(len(WORDS))
             token = drawn[1] if self.corrupt else drawn[0]

@@ -10,19 +10,26 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, make_asgi_app
 
+from ghostserve.testing.fake_drain import run_until_told
 from ghostserve.testing.fake_engine import FakeEngine
+from ghostserve.web.draining import Entrance
+from ghostserve.web.health import add_health_routes
+from ghostserve.web.health_state import Limits
 from ghostserve.web.metrics import PageCollector
 from ghostserve.web.routes import build_router
+
+STALL_S, READY_S = 300.0, 10.0  # as by default
 
 
 def build_app(engine: FakeEngine, *, api_keys: tuple[str, ...] = (), fault_injection: bool = True) -> FastAPI:
     """The app: our routes over `engine`, and as much of the OpenAI API as the page and the demo use."""
     app = FastAPI()
+    app.add_middleware(Entrance)
+    app.state.engine_client = engine
     registry = CollectorRegistry()
     registry.register(PageCollector(engine))
     app.mount("/metrics", make_asgi_app(registry=registry))
@@ -47,6 +54,8 @@ def build_app(engine: FakeEngine, *, api_keys: tuple[str, ...] = (), fault_injec
         events = engine.stream(str(body["prompt"]), body["max_tokens"])
         return StreamingResponse(events, media_type="text/event-stream")
 
+    limits = Limits(stall_timeout_s=STALL_S, ready_while_recovering_s=READY_S)
+    add_health_routes(app, engine, limits=limits, generate=engine.generate_one_token, api_keys=api_keys)
     return app
 
 
@@ -60,6 +69,7 @@ def main() -> None:
     parser.add_argument("--token-s", type=float, default=0.012)
     parser.add_argument("--outage-s", type=float, default=1.2)
     parser.add_argument("--exit-code-at-loss", type=int)
+    parser.add_argument("--shutdown-timeout", type=float, default=0.0)
     options, _ignored = parser.parse_known_args()
     engine = FakeEngine(
         ranks=options.tensor_parallel_size,
@@ -69,9 +79,13 @@ def main() -> None:
     )
     try:
         app = build_app(engine, api_keys=tuple(options.api_key))
-        config = uvicorn.Config(app, host=options.host, port=options.port, log_level="warning")
-        app.state.server = uvicorn.Server(config)  # as vLLM does: streams end when it is told to
-        app.state.server.run()
+        run_until_told(
+            app,
+            engine,
+            host=options.host,
+            port=options.port,
+            shutdown_timeout_s=options.shutdown_timeout,
+        )
     finally:
         engine.close()
 

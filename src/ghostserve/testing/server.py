@@ -91,6 +91,7 @@ class ServerProcess:
         self.port = port or free_port()
         self.base_url = f"http://{HOST}:{self.port}"
         self.log_file = log_file or log_dir / f"server-{self.port}.log"
+        self.api_key = api_key
         self.admin = AdminClient(self.base_url, api_key=api_key)
         self.exit_code: int | None = None
         self._command = [*command, "--host", HOST, "--port", str(self.port)]
