@@ -51,6 +51,8 @@ RUN_DIRECTORY_CHARS_MAX = 107 - len("/") - 36  # a Unix socket's path, less vLLM
 
 # Called with the app, the control page (None without protection), the parsed arguments and our configuration.
 Mount = Callable[[Any, ControlPage | None, Namespace, GhostConfig], None]
+# Called before that, with what vLLM is about to build the app from.
+Prepare = Callable[[Namespace, GhostConfig], None]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, GhostConfig]:
@@ -88,12 +90,13 @@ def _spread_config(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def serve(argv: Sequence[str], mount: Mount) -> int:
+def serve(argv: Sequence[str], mount: Mount, prepare: Prepare) -> int:
     """Serve until told to stop. Returns the exit code; raises UsageError, StartError or EngineLost."""
     arguments, config = parse_arguments(argv)
     configure_logging_from_args(arguments)
     logs.join_vllm()
     refuse_other_servers(arguments)
+    prepare(arguments, config)
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
         return _run(arguments, config, mount, page=None)

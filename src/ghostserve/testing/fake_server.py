@@ -8,6 +8,7 @@ For tests of the page, the command line and the demo, which must not wait half a
 from __future__ import annotations
 
 import argparse
+import pkgutil
 from typing import Any
 
 import uvicorn
@@ -15,13 +16,34 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from ghostserve.testing.fake_engine import FakeEngine
+from ghostserve.web.access import MIDDLEWARES, Access, set_access
 from ghostserve.web.routes import build_router
 
 
-def build_app(engine: FakeEngine, *, api_keys: tuple[str, ...] = (), fault_injection: bool = True) -> FastAPI:
-    """The app: our routes over `engine`, and as much of the OpenAI API as the page and the demo use."""
+def build_app(
+    engine: FakeEngine,
+    *,
+    api_keys: tuple[str, ...] = (),
+    fault_injection: bool = True,
+    admin_key: str | None = None,
+    body_bytes_max: int = 0,
+    salt_secret: bytes | None = None,
+    in_schema: bool = False,
+) -> FastAPI:
+    """The app: our routes and middlewares over `engine`, and as much of the OpenAI API as the page and the demo use."""
     app = FastAPI()
-    app.include_router(build_router(engine, api_keys=api_keys, fault_injection=fault_injection))
+    for name in MIDDLEWARES:
+        app.add_middleware(pkgutil.resolve_name(name))
+    set_access(app, Access(api_keys=api_keys, body_bytes_max=body_bytes_max, salt_secret=salt_secret))
+    app.include_router(
+        build_router(
+            engine,
+            api_keys=api_keys,
+            fault_injection=fault_injection,
+            admin_key=admin_key,
+            in_schema=in_schema,
+        )
+    )
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -49,6 +71,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
     parser.add_argument("--api-key", action="append", default=[])
+    parser.add_argument("--admin-api-key")
+    parser.add_argument("--ssl-certfile")
+    parser.add_argument("--ssl-keyfile")
     parser.add_argument("--token-s", type=float, default=0.012)
     parser.add_argument("--outage-s", type=float, default=1.2)
     parser.add_argument("--exit-code-at-loss", type=int)
@@ -60,8 +85,15 @@ def main() -> None:
         exit_code_at_loss=options.exit_code_at_loss,
     )
     try:
-        app = build_app(engine, api_keys=tuple(options.api_key))
-        uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+        app = build_app(engine, api_keys=tuple(options.api_key), admin_key=options.admin_api_key)
+        uvicorn.run(
+            app,
+            host=options.host,
+            port=options.port,
+            log_level="warning",
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+        )
     finally:
         engine.close()
 
