@@ -39,14 +39,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 def test_a_stream_is_taken_whole(server: ServerProcess) -> None:
-    assert first_model(server.base_url) == "tiny-llama"
+    assert first_model(server.base_url, api_key="secret") == "tiny-llama"
     seen: list[int] = []
 
     def on_token(index: int, token_ids: Sequence[int], _text: str, _at_s: float) -> None:
         assert index == 0
         seen.extend(token_ids)
 
-    result = stream_completion(server.base_url, prompt="p", max_tokens=20, on_token=on_token)
+    result = stream_completion(
+        server.base_url, api_key="secret", prompt="p", max_tokens=20, on_token=on_token
+    )
     assert (result.error, result.aborted, result.tokens_total) == (None, False, 20)
     assert list(result.token_ids[0]) == seen
     assert result.finish_reasons == {0: "length"}
@@ -59,14 +61,16 @@ def test_a_client_may_go_away(server: ServerProcess) -> None:
     def on_token(_index: int, _token_ids: Sequence[int], _text: str, _at_s: float) -> None:
         raise StopStreaming
 
-    result = stream_completion(server.base_url, prompt="p", max_tokens=500, on_token=on_token)
+    result = stream_completion(
+        server.base_url, api_key="secret", prompt="p", max_tokens=500, on_token=on_token
+    )
     assert (result.error, result.aborted, result.tokens_total) == (None, True, 1)
 
 
 def test_a_stream_that_breaks_is_a_value(server: ServerProcess) -> None:
-    refused = stream_completion(server.base_url, prompt="p", max_tokens=5000)
+    refused = stream_completion(server.base_url, api_key="secret", prompt="p", max_tokens=5000)
     assert refused.error == "HTTP 400: max_tokens is too large"
-    late = stream_completion(server.base_url, prompt="p", max_tokens=4000, timeout_s=1.0)
+    late = stream_completion(server.base_url, api_key="secret", prompt="p", max_tokens=4000, timeout_s=1.0)
     assert late.error == "the request ran past its time limit"
     assert late.tokens_total < 4000
     nobody = stream_completion(f"http://127.0.0.1:{free_port()}", prompt="p", max_tokens=5)
@@ -78,7 +82,7 @@ def test_streams_may_run_in_threads(server: ServerProcess) -> None:
     results = {}
 
     def one(name: int) -> None:
-        results[name] = stream_completion(server.base_url, prompt="p", max_tokens=15)
+        results[name] = stream_completion(server.base_url, api_key="secret", prompt="p", max_tokens=15)
 
     threads = [threading.Thread(target=one, args=(name,)) for name in range(3)]
     for thread in threads:
@@ -93,7 +97,7 @@ def test_a_rank_is_killed_and_replaced(server: ServerProcess) -> None:
     before = server.status()
     answer = server.kill_rank(1)
     assert answer["pid"] == before["ranks"][1]["pid"]
-    stream_completion(server.base_url, prompt="p", max_tokens=2)
+    stream_completion(server.base_url, api_key="secret", prompt="p", max_tokens=2)
     after = server.wait_status(
         lambda now: now["recoveries_total"] == before["recoveries_total"] + 1, timeout_s=10, what="a recovery"
     )
@@ -140,7 +144,7 @@ def test_status_and_kill_verbs(
     assert f"process {pid}" in capsys.readouterr().out
     assert cli.main(["kill", "--rank", "0", "--json"]) == 1
     assert "not alive" in capsys.readouterr().err
-    stream_completion(server.base_url, prompt="p", max_tokens=2)
+    stream_completion(server.base_url, api_key="secret", prompt="p", max_tokens=2)
 
 
 def test_a_server_of_somebody_else(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import psutil
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from ghostserve.arena.control import ControlPage
@@ -26,6 +27,7 @@ from ghostserve.errors import BudgetExceeded, UnsupportedError, UsageError
 from ghostserve.testing.fake_engine import FakeEngine
 from ghostserve.testing.fake_server import build_app
 from ghostserve.web.bodies import BODY_BYTES_MAX
+from ghostserve.web.failures import FAILED
 from ghostserve.web.routes import UI_FILE
 
 LOCAL = ("127.0.0.1", 50000)
@@ -214,9 +216,9 @@ def test_a_bad_body_is_unprocessable(connect: Connect, engine: FakeEngine, body:
     assert all(worker.poll() is None for worker in engine.workers)
 
 
-def test_a_long_body_is_unprocessable(connect: Connect) -> None:
+def test_a_long_body_is_too_long(connect: Connect) -> None:
     answer = connect().post("/ghostserve/kill", content=b" " * (BODY_BYTES_MAX + 1))
-    assert answer.status_code == 422
+    assert answer.status_code == 413
     assert "bytes" in sentence(answer)
 
 
@@ -324,6 +326,59 @@ def test_with_a_key_every_route_of_data_needs_it(connect: Connect) -> None:
         headers = {"Authorization": f"Bearer {key}"}
         assert client.get("/ghostserve/status", headers=headers).status_code == 200
         assert client.post(*POSTS[2][:1], json=POSTS[2][1], headers=headers).status_code == 200
+
+
+def test_the_admin_key_is_for_faults_and_opens_our_other_routes(connect: Connect, engine: FakeEngine) -> None:
+    client = connect(api_keys=("secret",), admin_key="root", client=("10.0.0.7", 1))
+    for key, injected in (("secret", 401), ("root", 200), ("other", 401)):
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = client.post("/ghostserve/switches", json={"skip_restore": True}, headers=headers)
+        assert answer.status_code == injected, key
+        assert injected == 200 or "admin key" in sentence(answer)
+        seen = client.get("/ghostserve/status", headers=headers).status_code
+        assert seen == (401 if key == "other" else 200)
+        assert client.get("/v1/models", headers=headers).status_code == (200 if key == "secret" else 401)
+    assert engine.get_switch(Switch.SKIP_RESTORE)
+
+
+def test_an_admin_key_alone_leaves_the_rest_to_loopback(connect: Connect) -> None:
+    client = connect(admin_key="root")
+    assert client.get("/ghostserve/status").status_code == 200
+    assert client.delete("/ghostserve/faults").status_code == 401
+    assert client.delete("/ghostserve/faults", headers={"Authorization": "Bearer root"}).status_code == 200
+    far = connect(admin_key="root", client=("10.0.0.7", 1))
+    assert far.get("/ghostserve/status").status_code == 403
+    page = {"Authorization": "Bearer root", "Origin": "http://evil.example"}
+    assert client.delete("/ghostserve/faults", headers=page).status_code == 403
+
+
+OPEN_ROUTES = {"/ui"}
+
+
+def test_no_route_of_ours_is_open_by_oversight(connect: Connect) -> None:
+    """Whatever is added to the router: with a key, and for strangers without one, it answers 401 and 403."""
+    keyed, far = connect(api_keys=("secret",)), connect(client=("10.0.0.7", 1))
+    routes = [route for route in keyed.app.routes if isinstance(route, APIRoute)]  # type: ignore[attr-defined]
+    ours = [route for route in routes if route.path.startswith(("/ui", "/ghostserve"))]
+    assert len(ours) >= 7
+    for route in ours:
+        for method in route.methods:
+            statuses = {client.request(method, route.path).status_code for client in (keyed, far)}
+            assert statuses == ({200} if route.path in OPEN_ROUTES else {401, 403}), route.path
+
+
+def test_a_mistake_of_ours_is_one_sentence(
+    connect: Connect, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise KeyError("/etc/secret of somebody else")
+
+    monkeypatch.setattr(engine, "read_state", broken)
+    answer = connect().get("/ghostserve/status")
+    assert (answer.status_code, sentence(answer)) == (500, FAILED)
+    assert "somebody else" not in answer.text
+    assert "Traceback" in caplog.text, "the log has all of it"
+    assert "somebody else" in caplog.text
 
 
 def test_a_stranger_is_not_told_whether_faults_could_be_injected(connect: Connect) -> None:

@@ -43,8 +43,9 @@ def _bytes_argument(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _option(default: Any, help: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help, **extra})
+def _option(default: Any, help: str, *, secret: bool = False, **extra: Any) -> Any:
+    """A secret is neither shown nor handed to other processes."""
+    return field(default=default, repr=not secret, metadata={"help": help, "secret": secret, **extra})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +171,34 @@ class GhostConfig:
         metavar="BYTES",
     )
     event_log_files: int = _option(5, "files of --event-log that are kept, FILE, FILE.1, ...", metavar="N")
+    api_key_file: str | None = _option(
+        None,
+        "a file with API keys, one a line: as --api-key, but not shown in the list of processes",
+        type=str,
+        metavar="FILE",
+    )
+    admin_api_key: str | None = _option(
+        None,
+        "the key that the fault routes want then, instead of an API key; it opens the other routes of ghostserve, too, "
+        "and none of the OpenAI API (default: $GHOSTSERVE_ADMIN_API_KEY, or none)",
+        secret=True,
+        type=str,
+        metavar="KEY",
+    )
+    admin_api_key_file: str | None = _option(
+        None, "a file that holds the admin key", type=str, metavar="FILE"
+    )
+    max_body_size: int = _option(
+        parse_bytes("16Mi"),
+        "the longest request body, e.g. 16Mi; a longer one is answered with 413; 0 = no limit",
+        type=_bytes_argument,
+        metavar="BYTES",
+    )
+    prefix_cache_salt_per_key: bool = _option(
+        True,
+        "with several API keys, each has a prefix cache of its own, so that no holder of a key can find out by timing "
+        "what others have asked",
+    )
 
     def __post_init__(self) -> None:
         if self.parity_shards < 1:
@@ -215,7 +244,11 @@ class GhostConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 1")
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        """For the environment of other processes, without secrets: none of them needs any."""
+        items = dataclasses.fields(self)
+        return json.dumps(
+            {item.name: getattr(self, item.name) for item in items if not item.metadata["secret"]}
+        )
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> GhostConfig:
@@ -231,6 +264,9 @@ class GhostConfig:
             extra = {name: item.metadata[name] for name in ("choices", "metavar") if name in item.metadata}
             if item.default is False:
                 group.add_argument(flag, action="store_true", help=item.metadata["help"])
+            elif item.default is True:
+                action = argparse.BooleanOptionalAction
+                group.add_argument(flag, action=action, default=True, help=item.metadata["help"])
             else:
                 kind = item.metadata.get("type", type(item.default))
                 group.add_argument(flag, type=kind, default=item.default, help=item.metadata["help"], **extra)

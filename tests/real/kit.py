@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import ghostserve
 from ghostserve.testing.client import StreamResult, stream_completion
 from ghostserve.testing.oracle import compare_choices
 from ghostserve.testing.server import ServerProcess, ghostserve_command
+from ghostserve.web.admin import auth_headers
 from real.overlay import v2_environment
 
 TINY = Path(ghostserve.__file__).parent / "models" / "tiny-llama"
@@ -73,9 +75,23 @@ LONG_PROMPT = Ask(prompt=(PROMPTS["json-dump"] + "\n") * 35, max_tokens=40)
 LONG_SEEDED = Ask(prompt=(PROMPTS["json-dump"] + "\n") * 35, max_tokens=40, temperature=0.8, seed=5)
 
 
-def _client() -> httpx.Client:
-    """No connection is kept: a server's references outlive it, and a socket that nobody closes fails a later test."""
-    return httpx.Client(timeout=30.0, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """How one gets in: nothing is needed for a server that asks for nothing."""
+
+    api_key: str | None = None
+    admin_key: str | None = None
+    cacert: str | None = None  # the server speaks TLS
+
+    def client(self) -> httpx.Client:
+        """No connection is kept: a server's references outlive it, and a socket that nobody closes fails a later test."""
+        return httpx.Client(
+            timeout=30.0,
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=0),
+            headers=auth_headers(self.api_key),
+            verify=True if self.cacert is None else ssl.create_default_context(cafile=self.cacert),
+        )
 
 
 @dataclass(slots=True)
@@ -84,7 +100,11 @@ class Served:
 
     server: ServerProcess
     references: dict[Ask, StreamResult] = field(default_factory=dict)
-    _http: httpx.Client = field(default_factory=_client)
+    door: Door = field(default_factory=Door)
+    _http: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._http = self.door.client()
 
     # -- requests --------------------------------------------------------------------------------------
 
@@ -97,7 +117,8 @@ class Served:
             cache_salt=salt or fresh_salt(),
             on_token=on_token,
             timeout_s=timeout_s,
-            api_key=self.server.api_key,
+            api_key=self.door.api_key,
+            cacert=self.door.cacert,
             extra=ask.extra,
             **ask.body,
         )
@@ -216,9 +237,10 @@ def serve(
     model: Path = TINY,
     env: dict[str, str] | None = None,
     serving: str = "v1-sync",
-    api_key: str | None = None,
+    door: Door | None = None,
 ) -> Served:
     """Start a server of ours for one configuration and wait for it."""
+    door = door or Door()
     more_flags, more_env = SERVING[serving]
     command = ghostserve_command(
         model,
@@ -235,8 +257,14 @@ def serve(
         *flags,
         *more_flags,
     )  # fmt: skip
-    environment = {**SERVER_ENV, **more_env(), **(env or {})}
-    server = ServerProcess(command, log_dir=tmp_path, env=environment, api_key=api_key)
+    server = ServerProcess(
+        command,
+        log_dir=tmp_path,
+        env={**SERVER_ENV, **more_env(), **(env or {})},
+        api_key=door.api_key,
+        admin_key=door.admin_key,
+        cacert=door.cacert,
+    )
     STARTED.append(name)
     server.start()
     try:
@@ -244,7 +272,7 @@ def serve(
     except BaseException:  # the test's own time limit, too
         server.stop()
         raise
-    return Served(server)
+    return Served(server, door=door)
 
 
 class Hurt:

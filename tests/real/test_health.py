@@ -37,7 +37,7 @@ KEY = {"Authorization": "Bearer secret"}
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Served]:
-    served = kit.serve(tmp_path_factory.mktemp("health"), "health", *FLAGS, api_key="secret")
+    served = kit.serve(tmp_path_factory.mktemp("health"), "health", *FLAGS, door=kit.Door(api_key="secret"))
     yield served
     served.server.stop()
     if served.server.poll() != 0:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghostserve.arena.fault_kinds import KINDS, NAMES, FaultKind, Victim, kind_of
-from ghostserve.cli.arguments import add_server_options, admin_of, new_parser
+from ghostserve.cli.arguments import add_admin_key_options, add_server_options, admin_of, new_parser
 from ghostserve.errors import UsageError
 
 _SUBJECTS = {
@@ -81,4 +81,5 @@ def _parser() -> argparse.ArgumentParser:
         "--disarm", action="store_true", help="inflict nothing, but forget every fault that has not struck"
     )
     add_server_options(parser)
+    add_admin_key_options(parser)
     return parser

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from ghostserve.arena.control import ControlPage
 from ghostserve.config import GhostConfig
 from ghostserve.errors import GhostserveError
-from ghostserve.web.draining import MIDDLEWARE
-from ghostserve.web.security import demand_sendable_key
+from ghostserve.web.access import MIDDLEWARES, Access, set_access
+from ghostserve.web.keys import admin_key, api_keys
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     at_end: list[Callable[[int], None]] = []
     code = GhostserveError.exit_code
     try:
-        code = serve(argv, partial(mount, at_end=at_end), middleware=(MIDDLEWARE,))
+        code = serve(argv, partial(mount, at_end=at_end), prepare)
     except GhostserveError as error:
         code = error.exit_code
         raise
@@ -34,6 +38,24 @@ def main(argv: Sequence[str]) -> int:
         for end in at_end:
             end(code)
     return code
+
+
+def prepare(arguments: Namespace, config: GhostConfig) -> None:
+    """Before vLLM builds its app: the keys that its routes accept, and our middlewares, inside those that the user names.
+
+    Raises UsageError for a key that cannot be used. Without protection vLLM is as it is, but for keys from a file.
+    """
+    # Known to our configuration; vLLM keeps these arguments, and may show them.
+    arguments.admin_api_key = None
+    if config.api_key_file:
+        arguments.api_key = api_keys(arguments.api_key, config.api_key_file, os.environ)
+    if config.protection == "none":
+        return
+    keys = api_keys(arguments.api_key, None, os.environ)
+    admin = admin_key(config.admin_api_key, config.admin_api_key_file, os.environ)
+    if keys and config.enable_fault_injection and not admin:
+        logger.warning("every holder of an API key may have workers killed: give --admin-api-key, too")
+    arguments.middleware = [*MIDDLEWARES, *(arguments.middleware or ())]
 
 
 def mount(
@@ -44,7 +66,7 @@ def mount(
     *,
     at_end: list[Callable[[int], None]] | None = None,
 ) -> None:
-    """Add our routes to vLLM's app. Without protection there is nothing to show. Raises UsageError.
+    """Add our routes and rules to vLLM's app. Without protection vLLM is as it is. Raises UsageError.
 
     What runs beside the app is ended by what is put into `at_end`, called with the exit status; without it, with the process.
     """
@@ -60,7 +82,16 @@ def mount(
     if at_end is not None:
         at_end.append(kept.close)
     app.state.ghostserve_events = kept.log
-    keys = api_keys_of(arguments, os.environ)
+    keys = api_keys(arguments.api_key, None, os.environ)
+    separate = config.prefix_cache_salt_per_key and len(set(keys)) > 1
+    set_access(
+        app,
+        Access(
+            api_keys=tuple(keys),
+            body_bytes_max=config.max_body_size,
+            salt_secret=secrets.token_bytes(32) if separate else None,
+        ),
+    )
     limits = Limits(
         stall_timeout_s=config.stall_timeout, ready_while_recovering_s=config.ready_while_recovering
     )
@@ -69,6 +100,7 @@ def mount(
         build_router(
             page,
             api_keys=keys,
+            admin_key=admin_key(config.admin_api_key, config.admin_api_key_file, os.environ),
             fault_injection=config.enable_fault_injection,
             bound_host=arguments.host,
             events=kept.log,
@@ -82,15 +114,3 @@ async def _generate(engine: Any) -> None:
     from ghostserve.engine.one_token import generate_one_token  # vLLM's, and so not before it is needed
 
     await generate_one_token(engine)
-
-
-def api_keys_of(arguments: Namespace, environment: Mapping[str, str]) -> list[str]:
-    """The keys that vLLM's own routes accept; an empty one counts as none, as it does for vLLM.
-
-    Raises UsageError for a key that no client could send.
-    """
-    given = arguments.api_key or [environment.get("VLLM_API_KEY")]
-    keys = [key for key in ([given] if isinstance(given, str) else given) if key]
-    for key in keys:
-        demand_sendable_key(key)
-    return keys

@@ -60,6 +60,8 @@ RUN_DIRECTORY_CHARS_MAX = 107 - len("/") - 36  # a Unix socket's path, less vLLM
 
 # Called with the app, the control page (None without protection), the parsed arguments and our configuration.
 Mount = Callable[[Any, ControlPage | None, Namespace, GhostConfig], None]
+# Called before that, with what vLLM is about to build the app from.
+Prepare = Callable[[Namespace, GhostConfig], None]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, GhostConfig]:
@@ -97,15 +99,13 @@ def _spread_config(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def serve(argv: Sequence[str], mount: Mount, *, middleware: Sequence[str] = ()) -> int:
-    """Serve until told to stop. Returns the exit code; raises UsageError, StartError or EngineLost.
-
-    `middleware` are ASGI classes by qualified name, as vLLM's `--middleware` takes them: it hands the app on built.
-    """
+def serve(argv: Sequence[str], mount: Mount, prepare: Prepare) -> int:
+    """Serve until told to stop. Returns the exit code; raises UsageError, StartError or EngineLost."""
     arguments, config = parse_arguments(argv)
     configure_logging_from_args(arguments)
     logs.join_vllm()
     refuse_other_servers(arguments)
+    prepare(arguments, config)
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
         return _run(arguments, config, mount, page=None)
@@ -118,7 +118,6 @@ def serve(argv: Sequence[str], mount: Mount, *, middleware: Sequence[str] = ()) 
     _demand_our_platform()
     Settings(config=config).memory_budget_bytes()
     _use_our_parts(arguments, config)
-    arguments.middleware = [*arguments.middleware, *middleware]
     directory = leftovers.make_run_directory()
     try:
         os.environ[leftovers.RUN_DIRECTORY_ENV] = str(directory)

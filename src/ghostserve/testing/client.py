@@ -83,20 +83,22 @@ class _StreamError(Exception):
 
 
 @functools.cache
-def _tls() -> ssl.SSLContext:
+def _tls(cacert: str | None) -> ssl.SSLContext:
     """Reading the certificates can take a second."""
-    return ssl.create_default_context()
+    return ssl.create_default_context(cafile=cacert)
 
 
-def _connect(base_url: str, api_key: str | None, limits: httpx.Timeout) -> httpx.Client:
+def _connect(base_url: str, api_key: str | None, limits: httpx.Timeout, cacert: str | None) -> httpx.Client:
     return httpx.Client(
-        base_url=base_url, headers=auth_headers(api_key), timeout=limits, trust_env=False, verify=_tls()
+        base_url=base_url, headers=auth_headers(api_key), timeout=limits, trust_env=False, verify=_tls(cacert)
     )
 
 
-def first_model(base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> str:
+def first_model(
+    base_url: str, *, api_key: str | None = None, cacert: str | None = None, timeout_s: float = 10.0
+) -> str:
     """The name of the first model that the server offers; raises httpx.HTTPError."""
-    with _connect(base_url, api_key, httpx.Timeout(timeout_s)) as http:
+    with _connect(base_url, api_key, httpx.Timeout(timeout_s), cacert) as http:
         answer = http.get("/v1/models").raise_for_status()
     return str(answer.json()["data"][0]["id"])
 
@@ -132,6 +134,7 @@ def stream_completion(
     on_token: TokenCallback | None = None,
     timeout_s: float = 120.0,
     api_key: str | None = None,
+    cacert: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> StreamResult:
     """Stream one completion and return all of it; blocks until it ends.
@@ -155,9 +158,9 @@ def stream_completion(
     limits = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
     deadline_s = monotonic_s() + timeout_s
     try:
-        body["model"] = model or first_model(base_url, api_key=api_key)
+        body["model"] = model or first_model(base_url, api_key=api_key, cacert=cacert)
         with (
-            _connect(base_url, api_key, limits) as http,
+            _connect(base_url, api_key, limits, cacert) as http,
             http.stream("POST", "/v1/completions", json=body) as answer,
         ):
             if answer.is_error:

@@ -23,10 +23,9 @@ class _Server(uvicorn.Server):
 
 
 def run_until_told(
-    app: FastAPI, engine: FakeEngine, *, host: str, port: int, shutdown_timeout_s: float
+    config: uvicorn.Config, app: FastAPI, engine: FakeEngine, *, shutdown_timeout_s: float
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, and through the drain that follows."""
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+    """Serve `app`, as `config` says, until SIGTERM or Ctrl-C, and through the drain that follows."""
     asyncio.run(_serve(_Server(config), app, engine, shutdown_timeout_s))
 
 

@@ -8,6 +8,7 @@ For tests of the page, the command line and the demo, which must not wait half a
 from __future__ import annotations
 
 import argparse
+import pkgutil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,7 +17,7 @@ from prometheus_client import CollectorRegistry, make_asgi_app
 
 from ghostserve.testing.fake_drain import run_until_told
 from ghostserve.testing.fake_engine import FakeEngine
-from ghostserve.web.draining import Entrance
+from ghostserve.web.access import MIDDLEWARES, Access, set_access
 from ghostserve.web.health import add_health_routes
 from ghostserve.web.health_state import Limits
 from ghostserve.web.metrics import PageCollector
@@ -25,18 +26,36 @@ from ghostserve.web.routes import build_router
 STALL_S, READY_S = 300.0, 10.0  # as by default
 
 
-def build_app(engine: FakeEngine, *, api_keys: tuple[str, ...] = (), fault_injection: bool = True) -> FastAPI:
-    """The app: our routes over `engine`, and as much of the OpenAI API as the page and the demo use."""
+def build_app(
+    engine: FakeEngine,
+    *,
+    api_keys: tuple[str, ...] = (),
+    fault_injection: bool = True,
+    admin_key: str | None = None,
+    body_bytes_max: int = 0,
+    salt_secret: bytes | None = None,
+    in_schema: bool = False,
+) -> FastAPI:
+    """The app: our routes and middlewares over `engine`, and as much of the OpenAI API as the page and the demo use."""
     app = FastAPI()
-    app.add_middleware(Entrance)
     app.state.engine_client = engine
+    for name in MIDDLEWARES:
+        app.add_middleware(pkgutil.resolve_name(name))
+    set_access(app, Access(api_keys=api_keys, body_bytes_max=body_bytes_max, salt_secret=salt_secret))
     registry = CollectorRegistry()
     registry.register(PageCollector(engine))
     app.mount("/metrics", make_asgi_app(registry=registry))
-    router = build_router(
-        engine, api_keys=api_keys, fault_injection=fault_injection, events=engine.log, tell=engine.events.tell
+    app.include_router(
+        build_router(
+            engine,
+            api_keys=api_keys,
+            fault_injection=fault_injection,
+            admin_key=admin_key,
+            in_schema=in_schema,
+            events=engine.log,
+            tell=engine.events.tell,
+        )
     )
-    app.include_router(router)
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -66,6 +85,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
     parser.add_argument("--api-key", action="append", default=[])
+    parser.add_argument("--admin-api-key")
+    parser.add_argument("--ssl-certfile")
+    parser.add_argument("--ssl-keyfile")
     parser.add_argument("--token-s", type=float, default=0.012)
     parser.add_argument("--outage-s", type=float, default=1.2)
     parser.add_argument("--exit-code-at-loss", type=int)
@@ -78,14 +100,17 @@ def main() -> None:
         exit_code_at_loss=options.exit_code_at_loss,
     )
     try:
-        app = build_app(engine, api_keys=tuple(options.api_key))
-        run_until_told(
+        app = build_app(engine, api_keys=tuple(options.api_key), admin_key=options.admin_api_key)
+        config = uvicorn.Config(
             app,
-            engine,
             host=options.host,
             port=options.port,
-            shutdown_timeout_s=options.shutdown_timeout,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
         )
+        run_until_told(config, app, engine, shutdown_timeout_s=options.shutdown_timeout)
     finally:
         engine.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +21,14 @@ import httpx
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import GhostserveError, StartError
 from ghostserve.testing.leaks import Leaks, NamesBefore, ProcessMark, family_of, session_of
-from ghostserve.web.admin import AdminClient
+from ghostserve.web.admin import AdminClient, Tls
 
 OFFLINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_API_KEY": "",
+    "GHOSTSERVE_ADMIN_API_KEY": "",
 }
 """No look-up of models, no reports, none of the 1.5 s that Dynamo takes for one helper in each process, and
 no key of the caller's own, which our client would not send.
@@ -76,6 +78,7 @@ class ServerProcess:
 
     `command` is completed by `--host` and `--port`; its output goes to `server-PORT.log` in `log_dir`, or to
     `log_file`. `env` is laid over the caller's environment, less NOT_INHERITED, and OFFLINE_ENV.
+    `cacert`: the server speaks TLS, with a certificate that this file vouches for.
     """
 
     def __init__(
@@ -87,12 +90,16 @@ class ServerProcess:
         port: int | None = None,
         env: Mapping[str, str] | None = None,
         api_key: str | None = None,
+        admin_key: str | None = None,
+        cacert: str | None = None,
     ) -> None:
         self.port = port or free_port()
-        self.base_url = f"http://{HOST}:{self.port}"
+        self.base_url = f"{'http' if cacert is None else 'https'}://{HOST}:{self.port}"
         self.log_file = log_file or log_dir / f"server-{self.port}.log"
         self.api_key = api_key
-        self.admin = AdminClient(self.base_url, api_key=api_key)
+        tls = Tls(cacert=cacert)
+        self.admin = AdminClient(self.base_url, api_key=api_key, admin_key=admin_key, tls=tls)
+        self._verify: ssl.SSLContext | bool = True if cacert is None else tls.context()
         self.exit_code: int | None = None
         self._command = [*command, "--host", HOST, "--port", str(self.port)]
         self._env = server_environment(os.environ, env or {})
@@ -139,7 +146,7 @@ class ServerProcess:
         `on_progress(seconds so far, last line of the log)` is called every PROGRESS_S seconds.
         """
         started_s = told_s = monotonic_s()
-        with httpx.Client(base_url=self.base_url, timeout=1.0, trust_env=False) as http:
+        with httpx.Client(base_url=self.base_url, timeout=1.0, trust_env=False, verify=self._verify) as http:
             while not self._is_healthy(http):
                 now_s = monotonic_s()
                 code = self.poll()

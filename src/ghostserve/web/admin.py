@@ -10,6 +10,7 @@ import json
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +20,8 @@ from ghostserve.errors import GhostserveError, UsageError
 from ghostserve.web.security import demand_sendable_key, is_loopback
 
 TIMEOUT_S = 10.0
+INJECTION = frozenset({"/ghostserve/kill", "/ghostserve/faults", "/ghostserve/switches"})
+"""The routes that want the admin key, where the server has one."""
 
 
 def auth_headers(api_key: str | None) -> dict[str, str]:
@@ -38,6 +41,44 @@ def error_sentence(body: bytes | str) -> str:
     return str(message or text[:300])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """Files for https, as curl names them; None: the authorities known here, and no certificate of our own."""
+
+    cacert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """For httpx and the like. Reading the certificates can take a second. Raises UsageError."""
+        try:
+            context = ssl.create_default_context(cafile=self.cacert)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"--cacert {self.cacert}: no certificates in it ({_reason(error)})") from None
+        if self.cert is not None:
+            try:
+                context.load_cert_chain(self.cert, self.key, password=_no_password)
+            except (OSError, ssl.SSLError) as error:
+                raise UsageError(
+                    f"--cert {self.cert}: no certificate with its private key in it, or in --key ({_reason(error)})"
+                ) from None
+        return context
+
+    @property
+    def given(self) -> bool:
+        """Whether anything differs from what httpx does by itself."""
+        return self != Tls()
+
+
+def _no_password() -> str:
+    """Or OpenSSL would ask at the terminal, and wait."""
+    raise ssl.SSLError("it is encrypted; give it without a passphrase")
+
+
+def _reason(error: OSError) -> str:
+    return str(error.strerror or getattr(error, "reason", None) or error)
+
+
 class Refused(GhostserveError):
     """The server cannot do it at the moment (409): another time it may."""
 
@@ -47,17 +88,33 @@ class AdminClient:
     GhostserveError when it cannot be reached or refuses.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        """Nothing is sent yet; UsageError unless `url` is an http or https URL and the key can be sent."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        tls: Tls | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """Nothing is sent yet. `admin_key` goes to the fault routes instead of `api_key`.
+
+        UsageError unless `url` is an http or https URL, the keys can be sent, and the files of `tls` can be used.
+        """
         host = _host_of(url)
-        if api_key:
-            demand_sendable_key(api_key)
+        for key in (api_key, admin_key):
+            if key:
+                demand_sendable_key(key)
         self.url = url.rstrip("/")
+        self._admin_headers = auth_headers(admin_key)
         # Set up once, so that a kill is not late; no connection is kept, so that none is found stale.
         self._http = httpx.Client(
             headers=auth_headers(api_key),
             timeout=timeout_s,
             trust_env=not is_loopback(host),
+            verify=tls.context()
+            if tls is not None and tls.given and url.lower().startswith("https")
+            else True,
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
@@ -115,12 +172,13 @@ class AdminClient:
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:
-            answer = self._http.request(method, self.url + path, json=body)
+            headers = self._admin_headers if path in INJECTION else {}
+            answer = self._http.request(method, self.url + path, json=body, headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             tls = _tls_failure(error)
             if tls is not None:
                 raise GhostserveError(
-                    f"no TLS connection to {self.url}: {tls}; check its certificate, and whether it is http"
+                    f"no TLS connection to {self.url}: {tls}; check its certificate (--cacert), and whether it is http"
                 ) from error
             raise GhostserveError(
                 f"no server answers at {self.url} ({type(error).__name__}); start one with "
@@ -139,7 +197,10 @@ class AdminClient:
                 "with --protection none"
             )
         if answer.status_code == 401:
-            raise GhostserveError("the API key is missing or wrong; give it with --api-key")
+            kind = "admin" if "admin key" in error_sentence(answer.content) else "API"
+            raise GhostserveError(
+                f"the {kind} key is missing or wrong; give it with --{'admin-' * (kind == 'admin')}api-key"
+            )
         if answer.status_code == 409:
             raise Refused(f"{error_sentence(answer.content)} (HTTP 409)")
         if answer.is_error:

@@ -25,13 +25,17 @@ DEFAULT_STEPS, DEFAULT_FACTOR, FACTOR_MAX = 20, 5, 1000
 E = TypeVar("E", bound=Enum)
 
 
+class TooLong(UsageError):
+    """The body is longer than anything we understand; the rest of it was not read."""
+
+
 async def read_object(request: Request) -> dict[str, Any]:
-    """The request's JSON object; raises UsageError if it is none, or longer than BODY_BYTES_MAX."""
+    """The request's JSON object; raises UsageError if it is none, TooLong beyond BODY_BYTES_MAX."""
     body = b""
     async for piece in request.stream():
         body += piece
         if len(body) > BODY_BYTES_MAX:
-            raise UsageError(f"the body must not exceed {BODY_BYTES_MAX} bytes")
+            raise TooLong(f"the body must not exceed {BODY_BYTES_MAX} bytes")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):

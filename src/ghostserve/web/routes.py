@@ -6,7 +6,7 @@ be injected.
 
     GET  /ghostserve/status    the state document                  key, or loopback
     GET  /ghostserve/events    what has happened (events_route.py) the same
-    POST /ghostserve/kill      {"rank": R, "how": KIND, ...}       the same, and --enable-fault-injection
+    POST /ghostserve/kill      {"rank": R, "how": KIND, ...}       admin key, else the same; --enable-fault-injection
     POST /ghostserve/faults    {"point", "rank", "action", ...}    the same; DELETE disarms all
     POST /ghostserve/switches  {NAME: true | false, ...}           the same
     GET  /ui/prompts.json      the page's prompts                  key, or loopback
@@ -15,8 +15,8 @@ be injected.
 `/ui` is open because a browser that opens an address cannot send a key along; the page asks for the key and
 sends it with all that it fetches.
 
-Errors are HTTPExceptions whose detail is one sentence: 401 and 403 who may not, 409 not now, 422 bad
-request, 503 too early.
+Errors are HTTPExceptions whose detail is one sentence: 401 and 403 who may not, 409 not now, 413 too long, 422 bad
+request, 503 too early; 500, without saying more, is a mistake of ours (`web.failures`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response, params
+from fastapi.responses import HTMLResponse
 
 from ghostserve.arena.names import Fault, Switch
 from ghostserve.errors import BudgetExceeded, UsageError
 from ghostserve.events.kinds import Event, FaultInjected
 from ghostserve.events.log import EventLog
-from ghostserve.web.bodies import parse_fault, parse_kill, parse_switches, read_object
+from ghostserve.web.bodies import TooLong, parse_fault, parse_kill, parse_switches, read_object
 from ghostserve.web.events_route import add_events
+from ghostserve.web.failures import OneSentenceRoute
 from ghostserve.web.injection import NotNow, inflict
+from ghostserve.web.schema import FAULT, KILL, SWITCHES, documented
 from ghostserve.web.security import AccessPolicy, guard
 
 UI_FILE = Path(__file__).parent / "static" / "ui.html"
@@ -95,6 +98,8 @@ def content_security_policy(html: str) -> str:
 def _our_errors_as_http() -> Iterator[None]:
     try:
         yield
+    except TooLong as error:
+        raise HTTPException(413, str(error)) from None
     except UsageError as error:
         raise HTTPException(422, str(error)) from None
     except (BudgetExceeded, NotNow) as error:
@@ -133,16 +138,24 @@ def build_router(
     api_keys: Sequence[str],
     fault_injection: bool,
     bound_host: str | None = None,
+    admin_key: str | None = None,
+    in_schema: bool = False,
     events: EventLog | None = None,
     tell: Callable[[Event], object] = lambda event: None,
 ) -> APIRouter:
     """The router to mount on the server's app. Injected faults are told to `tell`.
 
     `api_keys` are the keys that the OpenAI routes accept too; with none, the routes answer on loopback only.
+    With `admin_key`, fault injection wants that one, which then opens our other routes as well.
     `bound_host` is the value of `--host`, accepted in the Host header beside the loopback names.
+    `in_schema` has the app's OpenAPI document name our routes, for tests.
     """
-    strangers_out = Depends(guard(AccessPolicy(api_keys=tuple(api_keys), bound_host=bound_host)))
-    router = APIRouter(include_in_schema=False)
+    keys = (*api_keys, *([admin_key] if admin_key and api_keys else []))
+    strangers_out = Depends(guard(AccessPolicy(api_keys=keys, bound_host=bound_host)))
+    injectors = AccessPolicy(api_keys=tuple(api_keys), bound_host=bound_host)
+    if admin_key:
+        injectors = AccessPolicy(api_keys=(admin_key,), bound_host=bound_host, key_name="admin key")
+    router = APIRouter(include_in_schema=in_schema, route_class=OneSentenceRoute)
     _add_status(router, page, fault_injection=fault_injection, dependencies=[strangers_out])
     if events is not None:
         add_events(router, events, dependencies=[strangers_out])
@@ -152,7 +165,9 @@ def build_router(
             raise HTTPException(403, "fault injection is off; start the server with --enable-fault-injection")
 
     # In this order: a stranger is not told whether faults could be injected.
-    _add_injection(router, page, tell, dependencies=[strangers_out, Depends(demand_fault_injection)])
+    _add_injection(
+        router, page, tell, dependencies=[Depends(guard(injectors)), Depends(demand_fault_injection)]
+    )
     _add_page(router, dependencies=[strangers_out])
     return router
 
@@ -160,7 +175,7 @@ def build_router(
 def _add_status(
     router: APIRouter, page: Page, *, fault_injection: bool, dependencies: Sequence[params.Depends]
 ) -> None:
-    @router.get("/ghostserve/status", dependencies=dependencies)
+    @router.get("/ghostserve/status", dependencies=dependencies, **documented())
     async def status(response: Response) -> dict[str, Any]:
         response.headers.update(_NO_STORE)
         document = {**_state_of(page), "counters": dict(page.counters()), "fault_injection": fault_injection}
@@ -170,7 +185,7 @@ def _add_status(
 def _add_injection(
     router: APIRouter, page: Page, tell: Callable[[Event], object], *, dependencies: Sequence[params.Depends]
 ) -> None:
-    @router.post("/ghostserve/kill", dependencies=dependencies)
+    @router.post("/ghostserve/kill", dependencies=dependencies, **documented(KILL))
     async def kill(request: Request) -> dict[str, Any]:
         state = _state_of(page)
         with _our_errors_as_http():
@@ -179,7 +194,7 @@ def _add_injection(
         tell(FaultInjected(how=done["how"], rank=done["rank"], pid=done["pid"], strikes=done["strikes"]))
         return done
 
-    @router.post("/ghostserve/faults", dependencies=dependencies)
+    @router.post("/ghostserve/faults", dependencies=dependencies, **documented(FAULT))
     async def arm_fault(request: Request) -> dict[str, Any]:
         ranks_total = len(_state_of(page)["ranks"])
         with _our_errors_as_http():
@@ -188,12 +203,12 @@ def _add_injection(
         tell(FaultInjected(how=fault.action.value, rank=fault.rank, strikes=f"at {fault.point.value}"))
         return {"armed": _fault_as_dict(fault)}
 
-    @router.delete("/ghostserve/faults", dependencies=dependencies)
+    @router.delete("/ghostserve/faults", dependencies=dependencies, **documented())
     async def disarm_faults() -> dict[str, Any]:
         page.disarm_faults()
         return {"armed": None}
 
-    @router.post("/ghostserve/switches", dependencies=dependencies)
+    @router.post("/ghostserve/switches", dependencies=dependencies, **documented(SWITCHES))
     async def set_switches(request: Request) -> dict[str, Any]:
         with _our_errors_as_http():
             switches = parse_switches(await read_object(request))
@@ -203,7 +218,7 @@ def _add_injection(
 
 
 def _add_page(router: APIRouter, *, dependencies: Sequence[params.Depends]) -> None:
-    @router.get("/ui")
+    @router.get("/ui", response_class=HTMLResponse)
     def ui() -> Response:
         html = UI_FILE.read_text(encoding="utf-8")
         headers = {
@@ -214,6 +229,6 @@ def _add_page(router: APIRouter, *, dependencies: Sequence[params.Depends]) -> N
         }
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
-    @router.get("/ui/prompts.json", dependencies=dependencies)
+    @router.get("/ui/prompts.json", dependencies=dependencies, **documented())
     def prompts() -> Response:
         return Response(PROMPTS_FILE.read_bytes(), media_type="application/json", headers=_NO_STORE)

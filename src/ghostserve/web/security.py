@@ -18,7 +18,9 @@ A reverse proxy on this machine connects from loopback on behalf of anyone, and 
 proxy says about its client. So without a key a request that names a proxy is refused; one that hides its
 proxy cannot be told from the operator.
 
-Not checked here: TLS, rate limits, and who holds the key.
+Fault injection may want a key of its own: then its routes have a policy with that key alone.
+
+Not checked here: TLS, rate limits, and who holds the key. vLLM's routes: `web.key_gate`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
@@ -56,8 +58,9 @@ class RequestFacts:
 class AccessPolicy:
     """What the server demands. `bound_host` is the value of `--host`; a wildcard names no host."""
 
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     bound_host: str | None = None
+    key_name: str = "API key"  # what the keys are called in a refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +71,25 @@ class Refusal:
     sentence: str
 
 
+def presented_key(authorization: str | None) -> str | None:
+    """The key of the header `Bearer KEY`; None if it holds none."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return key if key and scheme.lower() == "bearer" else None
+
+
 def key_is_accepted(authorization: str | None, api_keys: Sequence[str]) -> bool:
     """Whether the header `Bearer KEY` names one of the keys, in a time that does not depend on which or how
     far.
     """
-    scheme, _, presented = (authorization or "").partition(" ")
-    if not presented:
+    presented = presented_key(authorization)
+    if presented is None:
         return False  # not even where an empty key is among ours
     digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
     accepted = False
     for key in api_keys:
         expected = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         accepted |= hmac.compare_digest(digest, expected)
-    return accepted and scheme.lower() == "bearer"
+    return accepted
 
 
 def demand_sendable_key(key: str) -> None:
@@ -141,6 +150,11 @@ def _host_is_ours(host: str, bound_host: str | None) -> bool:
     return is_loopback(parts[0]) or (bound not in _WILDCARD_HOSTS and parts[0] == bound)
 
 
+def key_refusal(key_name: str = "API key") -> str:
+    """What is said to whoever does not hold the key; it repeats nothing that was sent."""
+    return f"the {key_name} is missing or wrong; send it as 'Authorization: Bearer KEY'"
+
+
 def access_refusal(facts: RequestFacts, policy: AccessPolicy) -> Refusal | None:
     """None if the request may go on, otherwise the first reason against it.
 
@@ -152,7 +166,7 @@ def access_refusal(facts: RequestFacts, policy: AccessPolicy) -> Refusal | None:
         return Refusal(403, "refused: the Origin header differs from the Host header")
     if policy.api_keys:
         if not key_is_accepted(facts.authorization, policy.api_keys):
-            return Refusal(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
+            return Refusal(401, key_refusal(policy.key_name))
         return None
     if facts.forwarded:
         return Refusal(403, "without --api-key this route does not answer through a proxy; start with a key")
