@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from ghostserve.arena.records import fence
 from ghostserve.errors import BudgetExceeded
 
-_HEAD = struct.Struct("<Q")
 _HEAD_BYTES = 64  # a cache line of its own
 _SLOT = struct.Struct("<QII")  # seq, length, crc
 _IDENTITY = struct.Struct("<QI")
@@ -41,6 +40,8 @@ class RecordRing:
         assert len(view) >= self.required_bytes(slots=slots, slot_bytes=slot_bytes), (len(view), slots)
         assert slot_bytes > _SLOT.size
         self._view = view
+        # Stored and loaded as one word: struct.pack_into clears its bytes first, and a reader would see a head of 0 in between.
+        self._head = view[:8].cast("Q")
         self._slots, self._slot_bytes = slots, slot_bytes
         self.payload_max_bytes = slot_bytes - _SLOT.size
         self._lock = threading.Lock()
@@ -52,8 +53,7 @@ class RecordRing:
     @property
     def head(self) -> int:
         """The number of the last record; 0: there is none."""
-        head: int = _HEAD.unpack_from(self._view)[0]
-        return head
+        return self._head[0]
 
     def write(self, payload: bytes) -> None:
         """Append a record; the oldest is overwritten. BudgetExceeded if it is longer than `payload_max_bytes`."""
@@ -66,7 +66,7 @@ class RecordRing:
             self._view[at : at + _SLOT.size] = _SLOT.pack(seq, len(payload), crc)
             self._view[at + _SLOT.size : at + _SLOT.size + len(payload)] = payload
             fence()
-            _HEAD.pack_into(self._view, 0, seq)
+            self._head[0] = seq
 
     def read(self, after: int) -> tuple[int, RingRead]:
         """The records behind number `after`, and the number to ask with next time. Bounded by the ring's size."""
