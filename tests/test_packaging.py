@@ -100,7 +100,16 @@ def test_ci_runs_the_readmes_test_command_and_then_the_demo(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "script",
-    [".ci/run", "scripts/coverage", "scripts/install", "scripts/lint", "scripts/test", "scripts/watchdog"],
+    [
+        ".ci/run",
+        "scripts/chromium",
+        "scripts/coverage",
+        "scripts/install",
+        "scripts/lint",
+        "scripts/pictures",
+        "scripts/test",
+        "scripts/watchdog",
+    ],
 )
 def test_scripts_are_short_executable_and_have_no_syntax_error(script: str) -> None:
     path = ROOT / script

@@ -141,6 +141,7 @@ class GhostConfig:
         "differ from those without the loss)",
         choices=("exact", "fastest"),
     )
+    ui: bool = _option(False, "serve the live page at /ui")
     enable_fault_injection: bool = _option(
         False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
     )

@@ -15,8 +15,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ghostserve.arena.names import Counter, Fault, Switch
+from ghostserve.arena.names import Counter, Fault, Progress, Stamp, StampStatus, Switch
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.testing.fake_events import FakeEvents
 from ghostserve.types import Phase
 from ghostserve.web.processes import read_start_time_ticks
 
@@ -35,6 +36,7 @@ class FakeEngine:
         token_s: float = 0.012,
         outage_s: float = 1.2,
         exit_code_at_loss: int | None = None,
+        standbys: int = 0,
     ) -> None:
         self.token_s = token_s
         self.outage_s = outage_s
@@ -48,7 +50,11 @@ class FakeEngine:
         self.corrupt = False
         self.state = "serving"
         self.lock = threading.Lock()
+        self.requests_open = 0
+        self.stepped_at_s = 0.0
+        self.events = FakeEvents()
         self.workers = [self._spawn() for _ in range(ranks)]
+        self.standbys = [self._spawn() for _ in range(standbys)]
         self.keeper = self._spawn()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
@@ -56,7 +62,7 @@ class FakeEngine:
 
     def close(self) -> None:
         """End the stand-ins."""
-        for process in (*self.workers, self.keeper):
+        for process in (*self.workers, *self.standbys, self.keeper):
             process.kill()
             process.wait()
 
@@ -70,6 +76,8 @@ class FakeEngine:
                 "start_time": read_start_time_ticks(worker.pid) or 0,
                 "state": "lost" if worker.poll() is not None else "alive",
                 "title": f"VLLM::Worker_TP{rank}",
+                "device": "cpu",
+                "kv_bytes": 1024 * FRAME_BYTES,
             }
             for rank, worker in enumerate(self.workers)
         ]
@@ -86,7 +94,11 @@ class FakeEngine:
             "state": self.state,
             "phase": "spawn" if self.state == "recovering" else None,
             "ranks": ranks,
+            "standbys": [
+                {"pid": standby.pid, "state": "ready", "memory_bytes": 96 << 20} for standby in self.standbys
+            ],
             "keeper": {"pid": self.keeper.pid, "restarts": 0},
+            "weights_bytes": 5 << 20,
             "shadow": self._shadow(),
             "scrub": self._scrub(),
             "recoveries_total": len(self.recoveries),
@@ -137,7 +149,13 @@ class FakeEngine:
 
     def counters(self) -> dict[str, int]:
         blocks = self.tokens // BLOCK_TOKENS
-        values = {Counter.KV_BYTES_PROTECTED: 2 * blocks * FRAME_BYTES, Counter.STEPS_TOTAL: self.tokens}
+        values = {
+            Counter.KV_BYTES_PROTECTED: 2 * blocks * FRAME_BYTES,
+            Counter.STEPS_TOTAL: self.tokens,
+            Counter.PROTECTED_TOKENS: self.tokens,
+            Counter.REQUESTS_OPEN: self.requests_open,
+            Counter.ENCODE_BYTES_TOTAL: blocks * FRAME_BYTES,
+        }
         return {counter.name.lower(): values.get(counter, 0) for counter in Counter}
 
     def arm_fault(self, fault: Fault) -> int:
@@ -156,6 +174,15 @@ class FakeEngine:
     def set_switch(self, switch: Switch, on: bool) -> None:
         self.switches[switch] = on
 
+    def read_stamp(self, rank: int) -> Stamp:
+        return Stamp(epoch=self.epoch, step=self.tokens, status=StampStatus.DONE, at_s=self.stepped_at_s)
+
+    def progress(self, rank: int) -> Progress:
+        in_steps_s = self.tokens * self.token_s
+        return Progress(
+            met=self.tokens, waited_s=0.0, waiting=False, in_steps_s=in_steps_s, steps=self.tokens
+        )
+
     # -- the engine ---------------------------------------------------------------------------------------
 
     def step(self) -> None:
@@ -166,6 +193,7 @@ class FakeEngine:
             if lost:
                 self._recover(lost)
             self.tokens += 1
+            self.stepped_at_s = monotonic_s()
 
     def _recover(self, lost: list[int]) -> None:
         began_s, self.state = monotonic_s(), "recovering"
@@ -173,6 +201,8 @@ class FakeEngine:
             self.close()
             os._exit(self.exit_code_at_loss)
         pids = [self.workers[rank].pid for rank in lost]
+        for rank, pid in zip(lost, pids, strict=True):
+            self.events.add("rank_lost", f"rank {rank}, pid {pid}, was lost: its process ended", rank=rank)
         sleep_s(self.outage_s)
         for rank in lost:
             self.workers[rank] = self._spawn()
@@ -202,9 +232,17 @@ class FakeEngine:
             }
         )
         self.state = "serving"
+        self.events.add("recovery_ended", f"recovered in {total_ms:.0f} ms by {self.recoveries[-1]['path']}")
 
     def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
         """The server-sent events of one answer."""
+        self.requests_open += 1
+        try:
+            yield from self._tokens(prompt, max_tokens)
+        finally:
+            self.requests_open -= 1
+
+    def _tokens(self, prompt: str, max_tokens: int) -> Iterator[str]:
         self.corrupt = False
         good, wrong = random.Random(prompt), random.Random(prompt + "!")
         for index in range(max_tokens):
