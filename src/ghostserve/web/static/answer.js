@@ -45,6 +45,7 @@ export class Run {
     this.ids = [];
     this.atMs = [];
     this.strikes = [];
+    this.path = null;  // of the recovery in it
     this.abort = new AbortController();
   }
 
@@ -78,7 +79,7 @@ export class Run {
     return null;
   }
 
-  // {outcome, reference tokens}: null where there was no unfailed run to compare with.
+  // What `compare` says, and how many tokens there were to compare with; null where there was no unfailed run.
   async verdict(onProgress) {
     const reference = await this.unfailed(onProgress);
     return reference && {...compare(reference, this.ids), tokens: reference.length};

@@ -44,8 +44,8 @@ function showCostsNow() {
   const last = struckRun?.outageMs() || status.recoveries?.findLast((one) => one.path === "rebuild")?.total_ms || null;
   const running = restart.state === "running" ? `starting, ${restart.elapsed_s.toFixed(0)} s so far` : restart.reason;
   showCosts([
-    {name: "rebuilt in place", ms: last, note: "no loss yet"},
-    {name: "recomputed", ms: found?.ms ?? null, note: ""},
+    {name: struckRun?.path === "recompute" ? "this loss, recomputed" : "rebuilt in place", ms: last, note: "no loss yet"},
+    {name: found ? `recomputed at token ${found.tokens}` : "recomputed", ms: found?.ms ?? null, note: ""},
     {name: "server restarted", ms: restart.state === "done" ? restart.seconds * 1000 : null, note: running},
   ]);
   const busy = measuring || streaming || restart.state === "running";
@@ -122,7 +122,10 @@ async function streamAndJudge() {
   }});
   const after = await ask("ghostserve/status"), recoveries = after.recoveries_total - run.recoveriesBefore;
   streaming = false;
-  if (recoveries) struckRun = run;
+  if (recoveries) {
+    struckRun = run;
+    run.path = after.last_recovery.path;
+  }
   const start = opening(run, recoveries), againMs = performance.now();
   tell(`${start} · comparing with an unfailed run…`, "wait");
   const verdict = await run.verdict((seen) => progress("unfailed run", seen, tokens, againMs));

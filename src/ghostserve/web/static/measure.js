@@ -65,5 +65,9 @@ export function recalled(status) {
 }
 
 export function remember(status, found) {
-  localStorage.setItem(keyOf(status), JSON.stringify(found));
+  try {
+    localStorage.setItem(keyOf(status), JSON.stringify(found));
+  } catch {
+    // A browser that keeps nothing: measured again next time.
+  }
 }
