@@ -1,6 +1,6 @@
 """Makes the pictures of the page from a real run of a real server; nothing in them is drawn by hand.
 
-    scripts/pictures [--into docs/pictures] [--only states|film]
+    scripts/pictures [--into docs/pictures]
 
 States: idle, streaming, recovering, recovered, mismatch (the restore is switched off), reconnecting; each light, dark and narrow.
 The film: one answer, a kill in the middle of it, the verdict, in real time; an animated WebP of less than FILM_BYTES_MAX.
@@ -26,7 +26,7 @@ from ghostserve.cli.demo import demo_server
 from ghostserve.cli.demo import parse as parse_demo
 from ghostserve.testing.server import ServerProcess
 
-TOKENS, KILL_AT = 360, 200
+TOKENS, KILL_AT = 1200, 300
 READY_MAX_S, VERDICT_MAX_MS = 300.0, 120_000
 FILM_SIZE: ViewportSize = {"width": 1080, "height": 700}
 FILM_BYTES_MAX = 1_500_000
@@ -85,27 +85,45 @@ def shoot(page: Page, look: Look, into: Path, state: str) -> None:
     print(f"{path}: {path.stat().st_size // 1024} KiB", flush=True)
 
 
-def states(running: Browser, server: ServerProcess, into: Path) -> None:
-    """All states in all looks; the server is stopped for the last one."""
+def idle(running: Browser, server: ServerProcess, into: Path) -> None:
+    """Before anything has failed."""
     for look in LOOKS:
         wait_for_standby(server)
         page = look.open(running, server.base_url)
         shoot(page, look, into, "idle")
-        ask(page)
-        shoot(page, look, into, "streaming")
-        page.get_by_role("button", name="Kill rank 1").click()
-        expect(page.locator("#outcome")).to_contain_text("recovering", timeout=VERDICT_MAX_MS)
-        shoot(page, look, into, "recovering")
-        expect(page.locator("#outcome")).to_contain_text("✓", timeout=VERDICT_MAX_MS)
-        shoot(page, look, into, "recovered")
-        wait_for_standby(server)
-        server.set_switch("skip_restore", True)
-        ask(page)
-        page.get_by_role("button", name="Kill rank 1").click()
-        expect(page.locator("#outcome")).to_contain_text("✗", timeout=VERDICT_MAX_MS)
-        server.set_switch("skip_restore", False)
-        shoot(page, look, into, "mismatch")
         page.context.close()
+
+
+def kill(page: Page) -> None:
+    """By the keyboard: a click waits until the button has stopped moving, and one sees which it is."""
+    button = page.get_by_role("button", name="Kill rank 1")
+    button.focus()
+    page.keyboard.press("Enter")
+
+
+def losses(running: Browser, server: ServerProcess, into: Path, look: Look) -> None:
+    """A loss, and one whose restore is switched off."""
+    wait_for_standby(server)
+    page = look.open(running, server.base_url)
+    ask(page)
+    shoot(page, look, into, "streaming")
+    kill(page)
+    expect(page.locator("#outcome")).to_contain_text("recovering", timeout=VERDICT_MAX_MS)
+    shoot(page, look, into, "recovering")
+    expect(page.locator("#outcome")).to_contain_text("✓", timeout=VERDICT_MAX_MS)
+    shoot(page, look, into, "recovered")
+    wait_for_standby(server)
+    server.set_switch("skip_restore", True)
+    ask(page)
+    kill(page)
+    expect(page.locator("#outcome")).to_contain_text("✗", timeout=VERDICT_MAX_MS)
+    server.set_switch("skip_restore", False)
+    shoot(page, look, into, "mismatch")
+    page.context.close()
+
+
+def silence(running: Browser, server: ServerProcess, into: Path) -> None:
+    """The server is stopped while all look at it."""
     pages = [look.open(running, server.base_url) for look in LOOKS]
     server.stop()
     for look, page in zip(LOOKS, pages, strict=True):
@@ -143,15 +161,12 @@ class Film:
 
 
 def film(running: Browser, server: ServerProcess, into: Path) -> None:
-    """One kill by the keyboard, so that one sees which button is pressed."""
+    """One answer and one kill."""
     wait_for_standby(server)
     page = Look(name="film", size=FILM_SIZE).open(running, server.base_url)
     shown = Film(page)
     ask(page)
-    button = page.get_by_role("button", name="Kill rank 1")
-    button.focus()
-    page.wait_for_timeout(400)
-    page.keyboard.press("Enter")
+    kill(page)
     expect(page.locator("#outcome")).to_contain_text("✓", timeout=VERDICT_MAX_MS)
     page.wait_for_timeout(300)
     last = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
@@ -166,7 +181,6 @@ def film(running: Browser, server: ServerProcess, into: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of the page from a real run.")
     parser.add_argument("--into", type=Path, default=Path("docs/pictures"))
-    parser.add_argument("--only", choices=("states", "film"))
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
     with (
@@ -176,10 +190,11 @@ def main() -> None:
     ):
         server.start()
         server.wait_ready(timeout_s=READY_MAX_S)
-        if options.only != "states":
-            film(running, server, options.into)
-        if options.only != "film":
-            states(running, server, options.into)
+        idle(running, server, options.into)
+        film(running, server, options.into)
+        for look in LOOKS:
+            losses(running, server, options.into, look)
+        silence(running, server, options.into)
 
 
 if __name__ == "__main__":
