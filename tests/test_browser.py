@@ -293,13 +293,13 @@ def test_the_keyboard_is_enough(visit: Open) -> None:
     page = visit()
     expect(page.page.locator("#rank-1 .state")).to_have_text("alive")
     order = []
-    for _ in range(10):
+    for _ in range(11):
         page.page.keyboard.press("Tab")
         order.append(
             page.page.evaluate("() => document.activeElement.id || document.activeElement.ariaLabel")
         )
     assert order == [
-        "offered", "length", "go", "prompt", "answer",
+        "offered", "length", "go", "stop", "prompt", "answer",
         "Kill rank 0", "More faults for rank 0", "Kill rank 1", "More faults for rank 1", "events",
     ]  # fmt: skip
     page.page.locator("#length").focus()

@@ -25,6 +25,11 @@ export function say(element, text, tone = "") {
   for (const other of TONES) element.classList.toggle(other, other === tone);
 }
 
+// Not `disabled`: a button that is disabled drops the focus of who has just pressed it. Its handler has to look.
+export const enable = (button, on) => button.setAttribute("aria-disabled", String(!on));
+
+export const isEnabled = (button) => button.getAttribute("aria-disabled") !== "true";
+
 // A list of names and values; rebuilt only when one of them has changed.
 export function fill(list, pairs) {
   const wanted = JSON.stringify(pairs);

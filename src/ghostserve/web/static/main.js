@@ -1,10 +1,11 @@
 // The page: takes the live status and hands it to the views; runs answers, strikes workers, and has them judged.
 
-import {$, make, say, setText} from "./dom.js";
+import {$, enable, isEnabled, say, setText} from "./dom.js";
 import {count, duration} from "./format.js";
 import {KeyWanted, ask, useKey} from "./server.js";
 import {follow} from "./events.js";
 import {Run, complete, forgetModel} from "./answer.js";
+import {append, clear, markDifferent, markStruck, showProgress} from "./answer_view.js";
 import {measureRecompute, recalled, remember, startRestart} from "./measure.js";
 import {opening, showCosts, showReport, tell, tellVerdict} from "./outcome.js";
 import {lostSight, note, noteUnlogged, showTimeline} from "./timeline.js";
@@ -15,7 +16,7 @@ const TONES = {serving: "good", starting: "wait", recovering: "wait", failed: "b
 const DEEDS = {crash: "was killed (SIGKILL)", hang: "was stopped (SIGSTOP)", slow: "is slowed down from the next step on",
                corrupt: "has bits of its KV flipped in the next step"};
 
-let status = null, run = null, struckRun = null, streaming = false, measuring = false, sawStandby = false, heldUp = false;
+let status = null, run = null, struckRun = null, running = false, streaming = false, measuring = false, sawStandby = false, heldUp = false;
 
 // -- the status ---------------------------------------------------------------------------------------------------
 
@@ -42,15 +43,15 @@ function tellRecovery(before) {
 function showCostsNow() {
   const found = recalled(status), restart = status.restart ?? {state: "none"};
   const last = struckRun?.outageMs() || status.recoveries?.findLast((one) => one.path === "rebuild")?.total_ms || null;
-  const running = restart.state === "running" ? `starting, ${restart.elapsed_s.toFixed(0)} s so far` : restart.reason;
+  const soFar = restart.state === "running" ? `starting, ${restart.elapsed_s.toFixed(0)} s so far` : restart.reason;
   showCosts([
     {name: struckRun?.path === "recompute" ? "this loss, recomputed" : "rebuilt in place", ms: last, note: "no loss yet"},
     {name: found ? `recomputed at token ${found.tokens}` : "recomputed", ms: found?.ms ?? null, note: ""},
-    {name: "server restarted", ms: restart.state === "done" ? restart.seconds * 1000 : null, note: running},
+    {name: "server restarted", ms: restart.state === "done" ? restart.seconds * 1000 : null, note: soFar},
   ]);
-  const busy = measuring || streaming || restart.state === "running";
+  const busy = measuring || running || restart.state === "running";
   $("measure").hidden = !status.fault_injection;
-  $("measure").setAttribute("aria-disabled", String(busy || !struckRun?.strikes.length));
+  enable($("measure"), !busy && struckRun?.strikes.length);
   $("measure-note").hidden = measuring || Boolean(struckRun);
 }
 
@@ -69,7 +70,7 @@ function show(next) {
   showCostsNow();
   tellRecovery(before);
   $("length").max = Math.max(8, status.max_model_len - 128);
-  $("go").disabled = streaming || measuring;
+  enable($("go"), !running && !measuring);
 }
 
 function connection(state, sentence) {
@@ -92,33 +93,16 @@ function connection(state, sentence) {
 
 // -- an answer ----------------------------------------------------------------------------------------------------
 
-function append(node) {
-  const box = $("answer"), atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-  box.append(node);
-  if (atEnd) box.scrollTop = box.scrollHeight;
-}
-
-function progress(what, seen, total, startMs) {
-  const rate = seen / Math.max((performance.now() - startMs) / 1000, 0.001);
-  $("progress").max = total;
-  $("progress").value = seen;
-  setText($("count"), `${what}: ${seen} of ${count(total, "token")} · ${rate.toFixed(0)} per second`);
-}
-
-function markDifferent(nodes, first) {
-  for (const node of new Set(nodes.slice(first))) node.replaceWith(make("span", {class: "differs", text: node.data}));
-}
-
 async function streamAndJudge() {
   const nodes = [], {tokens} = run.request, startMs = performance.now();
-  $("answer").replaceChildren();
+  clear();
   tell(status?.fault_injection ? "streaming · kill a worker now" : "streaming", "");
   await complete({...run.request, signal: run.abort.signal, onPiece: (ids, text, atMs) => {
     run.take(ids, atMs);
     const node = document.createTextNode(text);
     for (const _ of ids) nodes.push(node);
     append(node);
-    progress("answer", run.ids.length, tokens, startMs);
+    showProgress("answer", run.ids.length, tokens, startMs);
   }});
   const after = await ask("ghostserve/status"), recoveries = after.recoveries_total - run.recoveriesBefore;
   streaming = false;
@@ -128,14 +112,15 @@ async function streamAndJudge() {
   }
   const start = opening(run, recoveries), againMs = performance.now();
   tell(`${start} · comparing with an unfailed run…`, "wait");
-  const verdict = await run.verdict((seen) => progress("unfailed run", seen, tokens, againMs));
+  const verdict = await run.verdict((seen) => showProgress("unfailed run", seen, tokens, againMs));
   tellVerdict(start, verdict);
   if (verdict && !verdict.identical) markDifferent(nodes, verdict.first);
 }
 
 async function start() {
-  $("go").disabled = true;
-  $("stop").disabled = false;
+  running = true;
+  enable($("go"), false);
+  enable($("stop"), true);
   try {
     run = new Run({prompt: $("prompt").value, tokens: Number($("length").value)}, await ask("ghostserve/status"));
     streaming = true;
@@ -145,9 +130,9 @@ async function start() {
     else tell(`the answer broke: ${error.message}`, "bad");
   }
   run = null;
-  streaming = false;
-  $("go").disabled = false;
-  $("stop").disabled = true;
+  running = streaming = false;
+  enable($("go"), true);
+  enable($("stop"), false);
 }
 
 // -- faults -------------------------------------------------------------------------------------------------------
@@ -160,7 +145,7 @@ async function strike(rank, how) {
     const {pid} = await ask("ghostserve/kill", body), text = `rank ${rank}, pid ${pid}, ${DEEDS[how]}`;
     setText($("notice"), text);
     noteUnlogged("fault_injected", text);
-    if (mark) append(make("span", {class: "struck", text: `✗ rank ${rank} ${how === "crash" ? "killed" : how}`}));
+    if (mark) markStruck(`rank ${rank} ${how === "crash" ? "killed" : how}`);
   } catch (error) {
     if (mark) run?.strikes.splice(run.strikes.indexOf(mark), 1);
     setText($("notice"), `not done: ${error.message}`);
@@ -168,7 +153,7 @@ async function strike(rank, how) {
 }
 
 async function measure() {
-  if ($("measure").getAttribute("aria-disabled") === "true") return;
+  if (!isEnabled($("measure"))) return;
   const {request, strikes: [{rank, atToken}]} = struckRun, onProgress = (text) => setText($("measure-progress"), text);
   measuring = true;
   showCostsNow();
@@ -201,7 +186,7 @@ async function offerPrompts() {
 
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!run && !measuring) start();
+  if (isEnabled($("go"))) start();
 });
 $("stop").addEventListener("click", () => run?.abort.abort());
 $("measure").addEventListener("click", measure);

@@ -1,6 +1,6 @@
 // One card per rank, per standby, and for the keeper. Cards are kept, so that the focus stays where it is.
 
-import {$, fill, make, say, setText} from "./dom.js";
+import {$, enable, fill, make, say, setText} from "./dom.js";
 import {age, bytes, count} from "./format.js";
 
 const TONES = {alive: "good", ready: "good", running: "good", starting: "wait", slow: "wait", suspect: "wait", lost: "bad", gone: "bad"};
@@ -87,10 +87,7 @@ function showRank(rank, status, strike) {
   show(card, state, rankPairs(rank, progress, status));
   card.title = rank.health_reason ?? "";
   card.querySelector(".faults").hidden = !status.fault_injection;
-  // Not `disabled`: a disabled button drops the focus.
-  for (const button of card.querySelectorAll("button")) {
-    button.setAttribute("aria-disabled", String(rank.state !== "alive"));
-  }
+  for (const button of card.querySelectorAll("button")) enable(button, rank.state === "alive");
 }
 
 export function showWorkers(status, strike) {
