@@ -26,11 +26,11 @@ from ghostserve.cli.demo import demo_server
 from ghostserve.cli.demo import parse as parse_demo
 from ghostserve.testing.server import ServerProcess
 
-TOKENS, KILL_AT = 1200, 300
+TOKENS, KILL_AT = 700, 250
 READY_MAX_S, VERDICT_MAX_MS = 300.0, 120_000
 FILM_SIZE: ViewportSize = {"width": 1080, "height": 700}
 FILM_BYTES_MAX = 1_500_000
-FRAME_MS_MIN, LAST_FRAME_MS = 120.0, 4000
+FRAME_MS_MIN, LAST_FRAME_MS = 180.0, 4000
 COLOURS = 192
 
 
