@@ -4,7 +4,8 @@
 import {ask} from "./server.js";
 import {complete, longestGap} from "./answer.js";
 
-const TOKENS_AFTER = 48, STANDBY_MS = 30000, SETTLE_MS = 60000, POLL_MS = 250, RUN_MS = 300000;
+// A kill takes a while to arrive, and the stream must not have ended by then.
+const TOKENS_AFTER = 400, STANDBY_MS = 30000, SETTLE_MS = 60000, POLL_MS = 250, RUN_MS = 300000;
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
@@ -24,6 +25,7 @@ export async function measureRecompute({prompt, tokens, rank, atToken, withStand
     onProgress("waiting for a standby");
     await waitFor((status) => status.standbys?.some((one) => one.state === "ready"), STANDBY_MS);
   }
+  const {recoveries_total: before} = await ask("ghostserve/status");
   await ask("ghostserve/switches", {force_recompute: true});
   try {
     const atMs = [];
@@ -41,8 +43,9 @@ export async function measureRecompute({prompt, tokens, rank, atToken, withStand
     });
     await kill;
     const ms = killedMs === null ? 0 : longestGap(atMs, killedMs);
-    const status = await waitFor((now) => now.state === "serving", SETTLE_MS);
-    if (!ms || status?.last_recovery?.path !== "recompute") throw new Error("the loss was not recomputed");
+    const status = await waitFor((now) => now.state === "serving" && now.recoveries_total > before, SETTLE_MS);
+    if (!ms || !status) throw new Error("the answer had ended before the worker was killed");
+    if (status.last_recovery.path !== "recompute") throw new Error("the loss was not recomputed");
     return ms;
   } finally {
     await ask("ghostserve/switches", {force_recompute: false});
