@@ -10,7 +10,7 @@ function* ranks(before, after) {
     const was = before.ranks.find((other) => other.rank === rank.rank);
     if (!was) continue;
     if (was.state === "alive" && rank.state === "lost") {
-      yield {kind: "rank_lost", rank: rank.rank, text: `rank ${rank.rank}, pid ${rank.pid}, is lost`};
+      yield {kind: "rank_lost", rank: rank.rank, text: `rank ${rank.rank}, pid ${was.pid}, is lost`};
     }
     if (was.pid !== rank.pid) {
       yield {kind: "rank_taken", rank: rank.rank, text: `pid ${rank.pid} is rank ${rank.rank} now`};
