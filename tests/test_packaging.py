@@ -102,9 +102,11 @@ def test_ci_runs_the_readmes_test_command_and_then_the_demo(tmp_path: Path) -> N
     "script",
     [
         ".ci/run",
+        "scripts/chromium",
         "scripts/coverage",
         "scripts/install",
         "scripts/lint",
+        "scripts/pictures",
         "scripts/programs",
         "scripts/test",
         "scripts/watchdog",

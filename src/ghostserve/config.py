@@ -154,6 +154,7 @@ class GhostConfig:
         "/readyz goes on answering 200 in a recovery for so long: most are over before a load balancer would notice",
         metavar="SECONDS",
     )
+    ui: bool = _option(False, "serve the live page at /ui")
     enable_fault_injection: bool = _option(
         False, "allow `ghostserve kill` and the other fault routes; for tests and demonstrations"
     )

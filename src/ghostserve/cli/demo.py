@@ -80,7 +80,9 @@ def demo_server(options: argparse.Namespace, log_dir: Path) -> ServerProcess:
         "--max-num-seqs": "8",
         "--kv-cache-memory-bytes": str(KV_CACHE_BYTES),
     }
-    command = ghostserve_command(MODELS_DIR / MODEL_NAME, "--enforce-eager", "--enable-fault-injection")
+    command = ghostserve_command(
+        MODELS_DIR / MODEL_NAME, "--enforce-eager", "--enable-fault-injection", "--ui"
+    )
     for flag, value in flags.items():
         command += [flag, value]
     if options.log_file is not None:

@@ -7,14 +7,15 @@ import os
 import secrets
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from ghostserve.arena.control import ControlPage
+from ghostserve.cli.restart_cost import SecondServer, obstacle
 from ghostserve.config import GhostConfig
 from ghostserve.errors import GhostserveError
 from ghostserve.web.access import MIDDLEWARES, Access, set_access
 from ghostserve.web.keys import admin_key, api_keys
+from ghostserve.web.restart import RestartCost
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +24,21 @@ def main(argv: Sequence[str]) -> int:
     """Serve until told to stop; returns the exit code."""
     from ghostserve.engine.platform import PLATFORM_ENV
 
+    environment = dict(os.environ)  # as it was given to us, before vLLM and we add to it
     # vLLM settles on its platform while it is imported.
     os.environ[PLATFORM_ENV] = "1"
     from ghostserve.engine.server import serve
 
     at_end: list[Callable[[int], None]] = []
     code = GhostserveError.exit_code
+
+    def mount_all(app: Any, page: ControlPage | None, arguments: Namespace, config: GhostConfig) -> None:
+        key = next(iter(api_keys(arguments.api_key, None, os.environ)), None)
+        second = SecondServer(argv, environment, api_key=key, obstacle=obstacle(arguments))
+        mount(app, page, arguments, config, at_end=at_end, restart=second)
+
     try:
-        code = serve(argv, partial(mount, at_end=at_end), prepare)
+        code = serve(argv, mount_all, prepare)
     except GhostserveError as error:
         code = error.exit_code
         raise
@@ -65,6 +73,7 @@ def mount(
     config: GhostConfig,
     *,
     at_end: list[Callable[[int], None]] | None = None,
+    restart: RestartCost | None = None,
 ) -> None:
     """Add our routes and rules to vLLM's app. Without protection vLLM is as it is. Raises UsageError.
 
@@ -105,6 +114,8 @@ def mount(
             bound_host=arguments.host,
             events=kept.log,
             tell=page.events.tell,
+            ui=config.ui,
+            restart=restart,
         )
     )
     expose(app, page)

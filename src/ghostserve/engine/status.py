@@ -16,6 +16,7 @@ import ghostserve
 from ghostserve.arena.control import ControlPage, Counter
 from ghostserve.clock import monotonic_s, thread_cpu_s
 from ghostserve.engine.process import start_time
+from ghostserve.engine.rank_memory import rank_memory, weights_bytes
 from ghostserve.errors import UsageError
 from ghostserve.types import RankState, ServerState
 
@@ -97,6 +98,7 @@ class StatusWriter:
             "phase": None if executor.performer.phase is None else executor.performer.phase.value,
             "recovering_since_s": executor.performer.recovering_since_s,
             "ranks": [self._rank(rank) for rank in range(executor.world_size)],
+            "weights_bytes": weights_bytes(executor.weights),
             "longest_quiet_s": round(executor.watch.longest_quiet_s, 3),
             "standbys": executor.starter.standbys.describe(),
             "standbys_wanted": executor.starter.standbys.wanted,
@@ -131,6 +133,7 @@ class StatusWriter:
             "health": health.value,
             "health_reason": reason,
             "title": f"VLLM::Worker_TP{rank}",
+            **rank_memory(self._executor, rank),
         }
 
     def _shadow(self, guard: Any) -> dict[str, Any]:

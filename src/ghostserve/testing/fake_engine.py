@@ -20,7 +20,7 @@ from typing import Any
 
 from ghostserve.arena.event_rings import RINGS_BYTES, EventRings, Teller
 from ghostserve.arena.ledger import LEDGER_BYTES, Ledger
-from ghostserve.arena.names import Counter, Fault, Switch
+from ghostserve.arena.names import Counter, Fault, Progress, Stamp, StampStatus, Switch
 from ghostserve.clock import monotonic_s, sleep_s, wall_s
 from ghostserve.events import kinds
 from ghostserve.events.log import EventLog
@@ -42,6 +42,7 @@ class FakeEngine:
         token_s: float = 0.012,
         outage_s: float = 1.2,
         exit_code_at_loss: int | None = None,
+        standbys: int = 0,
     ) -> None:
         self.token_s = token_s
         self.outage_s = outage_s
@@ -68,6 +69,7 @@ class FakeEngine:
         self.log = EventLog(EventRings(self.memory, teller=None).look, base=int(wall_s() * 1e6))
         self._requests = itertools.count()
         self.workers = [self._spawn() for _ in range(ranks)]
+        self.standbys = [self._spawn() for _ in range(standbys)]
         self.keeper = self._spawn()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
@@ -75,7 +77,7 @@ class FakeEngine:
 
     def close(self) -> None:
         """End the stand-ins."""
-        for process in (*self.workers, self.keeper):
+        for process in (*self.workers, *self.standbys, self.keeper):
             process.kill()
             process.wait()
 
@@ -89,6 +91,8 @@ class FakeEngine:
                 "start_time": read_start_time_ticks(worker.pid) or 0,
                 "state": "lost" if worker.poll() is not None else "alive",
                 "title": f"VLLM::Worker_TP{rank}",
+                "device": "cpu",
+                "kv_bytes": 1024 * FRAME_BYTES,
             }
             for rank, worker in enumerate(self.workers)
         ]
@@ -106,7 +110,11 @@ class FakeEngine:
             "phase": "spawn" if self.state == "recovering" else None,
             "recovering_since_s": self.recovering_since_s,
             "ranks": ranks,
+            "standbys": [
+                {"pid": standby.pid, "state": "ready", "memory_bytes": 96 << 20} for standby in self.standbys
+            ],
             "keeper": {"pid": self.keeper.pid, "restarts": 0},
+            "weights_bytes": 5 << 20,
             "shadow": self._shadow(),
             "scrub": self._scrub(),
             "recoveries_total": len(self.recoveries),
@@ -157,7 +165,13 @@ class FakeEngine:
 
     def counters(self) -> dict[str, int]:
         blocks = self.tokens // BLOCK_TOKENS
-        values = {Counter.KV_BYTES_PROTECTED: 2 * blocks * FRAME_BYTES, Counter.STEPS_TOTAL: self.tokens}
+        values = {
+            Counter.KV_BYTES_PROTECTED: 2 * blocks * FRAME_BYTES,
+            Counter.STEPS_TOTAL: self.tokens,
+            Counter.PROTECTED_TOKENS: self.tokens,
+            Counter.REQUESTS_OPEN: self.open_streams,
+            Counter.ENCODE_BYTES_TOTAL: blocks * FRAME_BYTES,
+        }
         return {counter.name.lower(): values.get(counter, 0) for counter in Counter}
 
     @property
@@ -179,6 +193,17 @@ class FakeEngine:
 
     def set_switch(self, switch: Switch, on: bool) -> None:
         self.switches[switch] = on
+
+    def read_stamp(self, rank: int) -> Stamp:
+        return Stamp(
+            epoch=self.epoch, step=self.tokens, status=StampStatus.DONE, at_s=self.last_step_s or 0.0
+        )
+
+    def progress(self, rank: int) -> Progress:
+        in_steps_s = self.tokens * self.token_s
+        return Progress(
+            met=self.tokens, waited_s=0.0, waiting=False, in_steps_s=in_steps_s, steps=self.tokens
+        )
 
     # -- the engine ---------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, make_asgi_app
 
+from ghostserve.clock import monotonic_s
 from ghostserve.testing.fake_drain import run_until_told
 from ghostserve.testing.fake_engine import FakeEngine
 from ghostserve.web.access import MIDDLEWARES, Access, set_access
@@ -27,6 +28,25 @@ from ghostserve.web.routes import build_router
 STALL_S, READY_S = 300.0, 10.0  # as by default
 
 
+class FakeRestart:
+    """Measures nothing: `seconds` after it was asked it says that it took so long."""
+
+    def __init__(self, seconds: float = 2.5) -> None:
+        self._seconds = seconds
+        self._began_s: float | None = None
+
+    def start(self) -> None:
+        self._began_s = monotonic_s()
+
+    def describe(self) -> dict[str, Any]:
+        if self._began_s is None:
+            return {"state": "none", "elapsed_s": 0.0, "seconds": None, "reason": "not measured"}
+        elapsed_s = monotonic_s() - self._began_s
+        if elapsed_s < self._seconds:
+            return {"state": "running", "elapsed_s": elapsed_s, "seconds": None, "reason": ""}
+        return {"state": "done", "elapsed_s": 0.0, "seconds": self._seconds, "reason": ""}
+
+
 def build_app(
     engine: FakeEngine,
     *,
@@ -36,6 +56,8 @@ def build_app(
     body_bytes_max: int = 0,
     salt_secret: bytes | None = None,
     in_schema: bool = False,
+    ui: bool = True,
+    event_log: bool = True,
 ) -> FastAPI:
     """The app: our routes and middlewares over `engine`, and as much of the OpenAI API as the page and the demo use."""
     app = FastAPI()
@@ -53,8 +75,10 @@ def build_app(
             fault_injection=fault_injection,
             admin_key=admin_key,
             in_schema=in_schema,
-            events=engine.log,
+            events=engine.log if event_log else None,
             tell=engine.events.tell,
+            ui=ui,
+            restart=FakeRestart(),
         )
     )
 
@@ -93,15 +117,25 @@ def main() -> None:
     parser.add_argument("--outage-s", type=float, default=1.2)
     parser.add_argument("--exit-code-at-loss", type=int)
     parser.add_argument("--shutdown-timeout", type=float, default=0.0)
+    parser.add_argument("--standbys", type=int, default=0)
+    parser.add_argument("--no-fault-injection", action="store_true")
+    parser.add_argument("--no-event-log", action="store_true", help="without /ghostserve/events")
     options, _ignored = parser.parse_known_args()
     engine = FakeEngine(
         ranks=options.tensor_parallel_size,
         token_s=options.token_s,
         outage_s=options.outage_s,
         exit_code_at_loss=options.exit_code_at_loss,
+        standbys=options.standbys,
     )
     try:
-        app = build_app(engine, api_keys=tuple(options.api_key), admin_key=options.admin_api_key)
+        app = build_app(
+            engine,
+            api_keys=tuple(options.api_key),
+            admin_key=options.admin_api_key,
+            fault_injection=not options.no_fault_injection,
+            event_log=not options.no_event_log,
+        )
         config = uvicorn.Config(
             app,
             host=options.host,

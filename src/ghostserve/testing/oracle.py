@@ -13,7 +13,7 @@ lost. What is left of the faulted answer at the end is duplicated if it repeats 
 otherwise changed.
 
 The counts describe; the judgement is `identical`, which is plain equality. All counts are zero exactly if
-it holds. `web/static/ui.html` holds the same definition for the page.
+it holds. `web/static/oracle.js` holds the same definition for the page.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class ServerProcess:
     """One server from start to stop; a context manager that stops it.
 
     `command` is completed by `--host` and `--port`; its output goes to `server-PORT.log` in `log_dir`, or to
-    `log_file`. `env` is laid over the caller's environment, less NOT_INHERITED, and OFFLINE_ENV.
-    `cacert`: the server speaks TLS, with a certificate that this file vouches for.
+    `log_file`. `env` is laid over the caller's environment, less NOT_INHERITED, and OFFLINE_ENV; `whole_env` is all that it
+    gets. `cacert`: the server speaks TLS, with a certificate that this file vouches for.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class ServerProcess:
         log_file: Path | None = None,
         port: int | None = None,
         env: Mapping[str, str] | None = None,
+        whole_env: Mapping[str, str] | None = None,
         api_key: str | None = None,
         admin_key: str | None = None,
         cacert: str | None = None,
@@ -102,7 +103,7 @@ class ServerProcess:
         self._verify: ssl.SSLContext | bool = True if cacert is None else tls.context()
         self.exit_code: int | None = None
         self._command = [*command, "--host", HOST, "--port", str(self.port)]
-        self._env = server_environment(os.environ, env or {})
+        self._env = server_environment(os.environ, env or {}) if whole_env is None else dict(whole_env)
         self._process: subprocess.Popen[bytes] | None = None
         self._family: set[ProcessMark] = set()
         self._before = NamesBefore.now()

@@ -9,11 +9,9 @@ be injected.
     POST /ghostserve/kill      {"rank": R, "how": KIND, ...}       admin key, else the same; --enable-fault-injection
     POST /ghostserve/faults    {"point", "rank", "action", ...}    the same; DELETE disarms all
     POST /ghostserve/switches  {NAME: true | false, ...}           the same
-    GET  /ui/prompts.json      the page's prompts                  key, or loopback
-    GET  /ui                   the page: one file without data     open
-
-`/ui` is open because a browser that opens an address cannot send a key along; the page asks for the key and
-sends it with all that it fetches.
+    POST /ghostserve/measure-restart                               the same (`restart.py`)
+    GET  /ghostserve/live      the state document as it changes    key, or loopback (`live.py`)
+    GET  /ui, /ui/...          the page, with --ui                 open, as it holds no data (`ui.py`)
 
 Errors are HTTPExceptions whose detail is one sentence: 401 and 403 who may not, 409 not now, 413 too long, 422 bad
 request, 503 too early; 500, without saying more, is a mistake of ours (`web.failures`).
@@ -21,19 +19,13 @@ request, 503 too early; 500, without saying more, is a mistake of ours (`web.fai
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response, params
-from fastapi.responses import HTMLResponse
 
-from ghostserve.arena.names import Fault, Switch
+from ghostserve.arena.names import Fault, Progress, Stamp, Switch
 from ghostserve.errors import BudgetExceeded, UsageError
 from ghostserve.events.kinds import Event, FaultInjected
 from ghostserve.events.log import EventLog
@@ -41,11 +33,12 @@ from ghostserve.web.bodies import TooLong, parse_fault, parse_kill, parse_switch
 from ghostserve.web.events_route import add_events
 from ghostserve.web.failures import OneSentenceRoute
 from ghostserve.web.injection import NotNow, inflict
+from ghostserve.web.live import add_live
+from ghostserve.web.restart import RestartCost, add_restart
 from ghostserve.web.schema import FAULT, KILL, SWITCHES, documented
 from ghostserve.web.security import AccessPolicy, guard
+from ghostserve.web.ui import add_ui
 
-UI_FILE = Path(__file__).parent / "static" / "ui.html"
-PROMPTS_FILE = Path(__file__).parents[1] / "models" / "prompts.json"
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
@@ -75,23 +68,11 @@ class Page(Protocol):
     def set_switch(self, switch: Switch, on: bool) -> None:
         """Turn a run-time switch on or off."""
 
+    def read_stamp(self, rank: int) -> Stamp:
+        """The rank's last stamp."""
 
-@cache
-def content_security_policy(html: str) -> str:
-    """A policy that lets the page run its own inline script and style, by hash, and talk to this server
-    only.
-    """
-
-    def hashes(tag: str) -> str:
-        bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
-        return " ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'" for body in bodies
-        )
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    def progress(self, rank: int) -> Progress:
+        """How far the rank is, as it says itself."""
 
 
 @contextmanager
@@ -142,13 +123,16 @@ def build_router(
     in_schema: bool = False,
     events: EventLog | None = None,
     tell: Callable[[Event], object] = lambda event: None,
+    ui: bool = False,
+    restart: RestartCost | None = None,
 ) -> APIRouter:
     """The router to mount on the server's app. Injected faults are told to `tell`.
 
     `api_keys` are the keys that the OpenAI routes accept too; with none, the routes answer on loopback only.
     With `admin_key`, fault injection wants that one, which then opens our other routes as well.
     `bound_host` is the value of `--host`, accepted in the Host header beside the loopback names.
-    `in_schema` has the app's OpenAPI document name our routes, for tests.
+    `in_schema` has the app's OpenAPI document name our routes, for tests. `ui`: with the page. `restart` measures what
+    a restart costs, where that is possible.
     """
     keys = (*api_keys, *([admin_key] if admin_key and api_keys else []))
     strangers_out = Depends(guard(AccessPolicy(api_keys=keys, bound_host=bound_host)))
@@ -156,7 +140,9 @@ def build_router(
     if admin_key:
         injectors = AccessPolicy(api_keys=(admin_key,), bound_host=bound_host, key_name="admin key")
     router = APIRouter(include_in_schema=in_schema, route_class=OneSentenceRoute)
-    _add_status(router, page, fault_injection=fault_injection, dependencies=[strangers_out])
+    document = _document_of(page, fault_injection=fault_injection, restart=restart)
+    _add_status(router, document, dependencies=[strangers_out])
+    add_live(router, page, document, dependencies=[strangers_out])
     if events is not None:
         add_events(router, events, dependencies=[strangers_out])
 
@@ -165,21 +151,38 @@ def build_router(
             raise HTTPException(403, "fault injection is off; start the server with --enable-fault-injection")
 
     # In this order: a stranger is not told whether faults could be injected.
-    _add_injection(
-        router, page, tell, dependencies=[Depends(guard(injectors)), Depends(demand_fault_injection)]
-    )
-    _add_page(router, dependencies=[strangers_out])
+    injection = [Depends(guard(injectors)), Depends(demand_fault_injection)]
+    _add_injection(router, page, tell, dependencies=injection)
+    add_restart(router, restart, dependencies=injection)
+    add_ui(router, enabled=ui, dependencies=[strangers_out])
     return router
 
 
+def _document_of(
+    page: Page, *, fault_injection: bool, restart: RestartCost | None
+) -> Callable[[], dict[str, Any]]:
+    """What `/ghostserve/status` answers; raises 503 while there is nothing to tell."""
+
+    def document() -> dict[str, Any]:
+        state = _state_of(page)
+        return {
+            **state,
+            "counters": dict(page.counters()),
+            "fault_injection": fault_injection,
+            **(_injections(page) if fault_injection else {}),
+            **({"restart": restart.describe()} if fault_injection and restart is not None else {}),
+        }
+
+    return document
+
+
 def _add_status(
-    router: APIRouter, page: Page, *, fault_injection: bool, dependencies: Sequence[params.Depends]
+    router: APIRouter, document: Callable[[], dict[str, Any]], *, dependencies: Sequence[params.Depends]
 ) -> None:
     @router.get("/ghostserve/status", dependencies=dependencies, **documented())
     async def status(response: Response) -> dict[str, Any]:
         response.headers.update(_NO_STORE)
-        document = {**_state_of(page), "counters": dict(page.counters()), "fault_injection": fault_injection}
-        return document | (_injections(page) if fault_injection else {})
+        return document()
 
 
 def _add_injection(
@@ -215,20 +218,3 @@ def _add_injection(
         for switch, on in switches.items():
             page.set_switch(switch, on)
         return {"switches": {switch.name.lower(): on for switch, on in switches.items()}}
-
-
-def _add_page(router: APIRouter, *, dependencies: Sequence[params.Depends]) -> None:
-    @router.get("/ui", response_class=HTMLResponse)
-    def ui() -> Response:
-        html = UI_FILE.read_text(encoding="utf-8")
-        headers = {
-            **_NO_STORE,
-            "Content-Security-Policy": content_security_policy(html),
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
-        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
-
-    @router.get("/ui/prompts.json", dependencies=dependencies, **documented())
-    def prompts() -> Response:
-        return Response(PROMPTS_FILE.read_bytes(), media_type="application/json", headers=_NO_STORE)
