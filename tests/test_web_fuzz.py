@@ -144,7 +144,7 @@ def test_a_mistake_is_found(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_stranger_only_ever_gets_a_refusal(engine: FakeEngine) -> None:
     statuses = fuzz(ours_only(engine), lambda: None, key={"Authorization": "Bearer wrong"})
-    assert {name for name, answered in statuses.items() if answered} <= {"GET /ui"}
+    assert {name for name, answered in statuses.items() if answered} <= {"GET /ui", "GET /ui/static/{name}"}
     assert not engine.recoveries
 
 

@@ -50,7 +50,7 @@ def start(files: Path, tls: certificates.Certificates, name: str, *flags: str) -
     served = kit.serve(
         files, name, "--dtype", "float32", "--enforce-eager",
         "--api-key-file", str(files / "keys"), "--admin-api-key-file", str(files / "admin"),
-        "--max-body-size", "256Ki", "--enable-scale-out", *tls.server_flags, *flags,
+        "--max-body-size", "256Ki", "--enable-scale-out", "--ui", *tls.server_flags, *flags,
         serving="v1-async", door=Door(api_key=ALICE, admin_key=ADMIN, cacert=tls.cacert),
     )  # fmt: skip
     try:
@@ -83,7 +83,8 @@ def routes(served: Served) -> list[tuple[str, str]]:
         (m.upper(), re.sub(r"{\w+}", "x", path)) for path, item in document["paths"].items() for m in item
     ]
     ours = [("GET", "/ghostserve/status"), ("POST", "/ghostserve/kill"), ("POST", "/ghostserve/switches"),
-            ("POST", "/ghostserve/faults"), ("DELETE", "/ghostserve/faults"), ("GET", "/ui/prompts.json")]  # fmt: skip
+            ("POST", "/ghostserve/faults"), ("DELETE", "/ghostserve/faults"), ("GET", "/ui/prompts.json"),
+            ("GET", "/ghostserve/events"), ("GET", "/ghostserve/live"), ("POST", "/ghostserve/measure-restart")]  # fmt: skip
     return [*known, *ours, ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/no/such/route")]
 
 

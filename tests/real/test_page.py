@@ -12,7 +12,10 @@ from browser_kit import WIDE, Visit, chromium_or_not_run
 from real import kit
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
-TOKENS, STRUCK_AT = 1000, 250  # a click takes some tenths of a second, and a step a few milliseconds
+TOKENS, STRUCK_AT = (
+    3000,
+    250,
+)  # a key takes some tenths of a second, on a busy machine seconds, and a step a few milliseconds
 
 
 @pytest.fixture(scope="module")

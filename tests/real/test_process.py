@@ -162,7 +162,7 @@ def test_a_loss_that_cannot_be_repaired(tmp_path: Path) -> None:
             killed = ghostserve("kill", "--rank", "1", "--url", server.base_url)
             assert killed.returncode == 0, killed.stderr
 
-        result = served.run(Ask(max_tokens=1500), on_token=Hurt(20, ruin), timeout_s=120)
+        result = served.run(Ask(max_tokens=3900), on_token=Hurt(20, ruin), timeout_s=120)
         assert result.error is not None
         assert server.wait_exit(timeout_s=60) == 4, server.log_tail()
         assert_nothing_left(server)
@@ -187,7 +187,7 @@ def test_sigterm_in_the_middle_of_a_recovery(tmp_path: Path) -> None:
             codes.append(server.terminate(timeout_s=30))
 
         thread = threading.Thread(target=end)
-        result = served.run(Ask(max_tokens=1500), on_token=Hurt(20, thread.start), timeout_s=60)
+        result = served.run(Ask(max_tokens=3900), on_token=Hurt(20, thread.start), timeout_s=60)
         thread.join(40)
         assert result.error is not None
         assert codes == [0], server.log_tail()

@@ -31,10 +31,13 @@ def served(float32: Served):
 
 
 def let_it_scrub(served: Served, *, until: str, after: dict[str, Any]) -> dict[str, Any]:
-    """Switch the scrub on until a count has risen; the last thing it found."""
+    """Switch the scrub on until a count has risen; the last thing it found.
+
+    A scrub that has not noticed that it was switched off compares live KV a minute later, as ever.
+    """
     served.server.set_switch("skip_scrub", False)
     status = served.server.wait_status(
-        lambda status: status["scrub"][until] > after[until], timeout_s=10, what=f"{until} above {after}"
+        lambda status: status["scrub"][until] > after[until], timeout_s=75, what=f"{until} above {after}"
     )
     served.server.set_switch("skip_scrub", True)
     finding: dict[str, Any] = status["scrub"]["findings"][-1]

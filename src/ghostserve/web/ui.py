@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Response, params
+from fastapi.responses import HTMLResponse
+
+from ghostserve.web.schema import documented
 
 STATIC = Path(__file__).parent / "static"
 PROMPTS_FILE = Path(__file__).parents[1] / "models" / "prompts.json"
@@ -21,6 +25,8 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+FILES = sorted(path.name for path in STATIC.iterdir() if path.suffix in _TYPES)
+_NAME = params.Path(json_schema_extra={"enum": FILES})  # for the schema; what is not there is a 404
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -45,17 +51,17 @@ def add_ui(router: APIRouter, *, enabled: bool, dependencies: Sequence[params.De
 
         return
 
-    files = {path.name: path.read_bytes() for path in STATIC.iterdir() if path.suffix in _TYPES}
+    files = {name: (STATIC / name).read_bytes() for name in FILES}
 
-    @router.get("/ui")
+    @router.get("/ui", response_class=HTMLResponse)
     async def ui() -> Response:
         return _file(files, DOCUMENT)
 
-    @router.get("/ui/static/{name}")
-    async def static(name: str) -> Response:
+    @router.get("/ui/static/{name}", response_class=Response)
+    async def static(name: Annotated[str, _NAME]) -> Response:
         return _file(files, name)
 
-    @router.get("/ui/prompts.json", dependencies=dependencies)
+    @router.get("/ui/prompts.json", dependencies=dependencies, **documented())
     def prompts() -> Response:
         return Response(PROMPTS_FILE.read_bytes(), media_type="application/json", headers=_NO_STORE)
 
