@@ -5,7 +5,6 @@ Without a Chromium they are "not run", with the reason; in CI, or with GHOSTSERV
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 import browser
 import chromium
+from external import not_run
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.testing.server import free_port
 
 AXE = Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js"
 WIDE = {"width": 1280, "height": 860}
 NARROW = {"width": 360, "height": 740}
-DEMAND_ENV = "GHOSTSERVE_DEMAND_PROGRAMS"
 
 
 @contextmanager
@@ -35,9 +33,7 @@ def chromium_or_not_run() -> Iterator[Browser]:
     try:
         chromium.obtain()
     except chromium.Missing as error:
-        if os.environ.get("CI") or os.environ.get(DEMAND_ENV):
-            pytest.fail(f"not run: {error}", pytrace=False)
-        pytest.skip(f"not run: {error}")
+        not_run(str(error))
     with browser.running_browser() as running:
         yield running
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -20,11 +21,16 @@ DEMAND_ENV = "GHOSTSERVE_DEMAND_PROGRAMS"
 def need(program: str, *, into: Path = programs.PROGRAMS, environment: Mapping[str, str] = os.environ) -> str:
     """Where the program is. Otherwise the test is skipped, or failed where programs are demanded."""
     found = programs.find(program, into)
-    if found is not None:
-        return found
-    note = into / f"{program}.missing"
-    reason = note.read_text().strip() if note.is_file() else "run scripts/programs, which fetches it"
-    said = f"not run: there is no {program} here: {reason}"
+    if found is None:
+        note = into / f"{program}.missing"
+        reason = note.read_text().strip() if note.is_file() else "run scripts/programs, which fetches it"
+        not_run(f"there is no {program} here: {reason}", environment=environment)
+    return found
+
+
+def not_run(reason: str, *, environment: Mapping[str, str] = os.environ) -> NoReturn:
+    """Skip the test with the reason; fail it where programs are demanded."""
+    said = f"not run: {reason}"
     if environment.get("CI") or environment.get(DEMAND_ENV):
         pytest.fail(said, pytrace=False)
     pytest.skip(said)

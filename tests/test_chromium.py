@@ -10,6 +10,7 @@ import pytest
 
 import browser_kit
 import chromium
+from external import DEMAND_ENV
 
 APT_GET = """#!/bin/sh
 echo "$@" >> "$CALLS"
@@ -79,13 +80,13 @@ def test_why_there_is_none(machine: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (None, pytest.skip.Exception),
         ("CI", pytest.fail.Exception),
-        (browser_kit.DEMAND_ENV, pytest.fail.Exception),
+        (DEMAND_ENV, pytest.fail.Exception),
     ],
 )
 def test_a_test_without_its_browser(
     machine: Path, monkeypatch: pytest.MonkeyPatch, name: str | None, outcome: type[BaseException]
 ) -> None:
-    for variable in ("CI", browser_kit.DEMAND_ENV):
+    for variable in ("CI", DEMAND_ENV):
         monkeypatch.delenv(variable, raising=False)
     if name is not None:
         monkeypatch.setenv(name, "1")

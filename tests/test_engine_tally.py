@@ -79,13 +79,9 @@ def test_a_raise_is_no_loss_and_an_eviction_was_counted_before(executor: Any) ->
 
 def test_recoveries_and_their_phases(executor: Any) -> None:
     tally = Tally(executor)
-    for path, given_up, ok in (
-        ("rebuild", False, True),
-        ("recompute", False, False),
-        ("rebuild", True, False),
-    ):
+    for path, outcome in (("rebuild", "recovered"), ("recompute", "step_failed"), ("rebuild", "given_up")):
         tally.began()
-        tally.ended(report(ok=ok, path=RecoveryPath(path)), given_up=given_up)
+        tally.ended(report(ok=outcome == "recovered", path=RecoveryPath(path)), RecoveryOutcome(outcome))
     ledger = executor.session.page.ledger
     counts = {
         (path.value, outcome.value): ledger.recoveries(path, outcome)
@@ -107,18 +103,18 @@ def test_recoveries_and_their_phases(executor: Any) -> None:
 def test_who_ran_and_goes_on_is_resumed(executor: Any) -> None:
     tally, page = Tally(executor), executor.session.page
     tally.began()
-    tally.ended(report(), given_up=False)
+    tally.ended(report(), RecoveryOutcome.RECOVERED)
     assert page.get(Counter.REQUESTS_RESUMED_TOTAL) == 3
     tally.began()
     executor.open_steps = [SimpleNamespace(sent=SimpleNamespace(num_scheduled_tokens={"a": 1, "b": 1}))]
-    tally.ended(report(ok=False), given_up=False)
+    tally.ended(report(ok=False), RecoveryOutcome.STEP_FAILED)
     assert page.get(Counter.REQUESTS_RESUMED_TOTAL) == 3 + 1, "those of the failed step got an error"
     tally.began()
-    tally.ended(report(ok=False), given_up=True)
+    tally.ended(report(ok=False), RecoveryOutcome.GIVEN_UP)
     assert page.get(Counter.REQUESTS_RESUMED_TOTAL) == 3 + 1, "nobody"
     executor.session.scheduler = None
     tally.began()
-    tally.ended(report(), given_up=False)
+    tally.ended(report(), RecoveryOutcome.RECOVERED)
     assert page.get(Counter.REQUESTS_RESUMED_TOTAL) == 3 + 1
 
 
@@ -130,7 +126,7 @@ def test_what_cannot_be_counted_does_not_stop_a_recovery(
     with caplog.at_level(logging.ERROR):
         tally.failed(RanksDied(frozenset({1}), ""))
         tally.began()
-        tally.ended(report(), given_up=False)
+        tally.ended(report(), RecoveryOutcome.RECOVERED)
     assert [record.message for record in caplog.records] == ["a loss or a recovery was not counted"] * 3
 
 

@@ -18,7 +18,8 @@ from ghostserve.clock import monotonic_s, wall_s
 from ghostserve.engine.drain import STATE_NAME, Drain
 from ghostserve.testing.fake_engine import FakeEngine
 from ghostserve.testing.fake_server import build_app
-from ghostserve.web.draining import MIDDLEWARE, Entrance
+from ghostserve.web.access import MIDDLEWARES
+from ghostserve.web.draining import Entrance
 from ghostserve.web.health import SharedProbe
 
 Connect = Callable[..., TestClient]
@@ -266,7 +267,7 @@ def test_a_websocket_is_refused_while_draining(engine: FakeEngine) -> None:
 
 def test_the_entrance_is_found_by_its_name() -> None:
     """As vLLM finds what `--middleware` names."""
-    module, name = MIDDLEWARE.rsplit(".", 1)
+    module, name = MIDDLEWARES[-1].rsplit(".", 1)
     assert getattr(importlib.import_module(module), name) is Entrance
 
 

@@ -26,7 +26,7 @@ from ghostserve.engine import weights_identity
 from ghostserve.engine.messages import JoinMessage, RegroupMessage
 from ghostserve.engine.open_report import OpenReport
 from ghostserve.engine.rebuild import Rebuild
-from ghostserve.engine.recovery_events import End, raise_epoch, tell_end, tell_failed_phases, tell_failed_step
+from ghostserve.engine.recovery_events import raise_epoch, tell_end, tell_failed_phases, tell_failed_step
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
 from ghostserve.engine.tally import Tally
 from ghostserve.errors import EngineLost, GhostserveError
@@ -51,7 +51,7 @@ from ghostserve.recovery.machine import (
 )
 from ghostserve.recovery.report import PhaseClock, RecoveryReport
 from ghostserve.shadow.commit_rule import raised_itself
-from ghostserve.types import Phase
+from ghostserve.types import Phase, RecoveryOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -129,14 +129,14 @@ class Performer:
                         self._begin(Phase.RETRY)
                         return Outcome.RETRY
                     case Resume():
-                        self._close_report(End.RECOVERED)
+                        self._close_report(RecoveryOutcome.RECOVERED)
                         return Outcome.RETRY
                     case FailStep(reason=reason):
                         tell_failed_step(self._executor, reason)
-                        self._close_report(End.STEP_FAILED)
+                        self._close_report(RecoveryOutcome.STEP_FAILED)
                         return Outcome.STEP_FAILED
                     case GiveUp(reason=reason):
-                        self._close_report(End.GIVEN_UP)
+                        self._close_report(RecoveryOutcome.GIVEN_UP)
                         self._executor.give_up(reason)
                         raise EngineLost(reason)
         # Nothing to do: the loss was repaired before, and a step that it interrupted is sent again.
@@ -147,7 +147,7 @@ class Performer:
         """A step was accepted; the end of a recovery if one was waiting for it."""
         self._machine.handle(StepAccepted(self.epoch), monotonic_s())
         if self._report is not None:
-            self._close_report(End.RECOVERED)
+            self._close_report(RecoveryOutcome.RECOVERED)
 
     # -- events ----------------------------------------------------------------------------------------
 
@@ -384,17 +384,17 @@ class Performer:
             self._report.mark(phase, monotonic_s())
         self._executor.status.write()
 
-    def _close_report(self, end: End) -> None:
+    def _close_report(self, outcome: RecoveryOutcome) -> None:
         report, self._report, self.phase = self._report, None, None
         self._executor.starter.standbys.calm()
         self._executor.monitor.noticed_at_s = None
         if report is None:
             return
         report.mark(Phase.RETRY, monotonic_s())
-        finished = report.close(epoch=self.epoch, ok=end is End.RECOVERED)
+        finished = report.close(epoch=self.epoch, ok=outcome is RecoveryOutcome.RECOVERED)
         self.reports.append(finished)
         del self.reports[:-16]
-        self.tally.ended(finished, given_up=end is End.GIVEN_UP)
-        tell_end(self._executor, finished, end)
+        self.tally.ended(finished, outcome)
+        tell_end(self._executor, finished, outcome)
         self._page.add(Counter.RECOVERIES_TOTAL)  # last: who sees it sees the rest
         self._executor.status.write()

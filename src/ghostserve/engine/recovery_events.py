@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
-from enum import Enum
 from typing import Any
 
 from ghostserve.arena.control import ControlPage
@@ -13,16 +12,16 @@ from ghostserve.engine import request_events
 from ghostserve.events.kinds import EpochRaised, PhaseFailed, RecoveryEnded, StepFailed
 from ghostserve.recovery import machine
 from ghostserve.recovery.report import RecoveryReport
+from ghostserve.types import RecoveryOutcome
 
 logger = logging.getLogger(__name__)
 
 
-class End(Enum):
-    """How a recovery ended, as the log says it."""
-
-    RECOVERED = "recovered"
-    STEP_FAILED = "recovered, less the requests of a step"
-    GIVEN_UP = "not recovered"
+_SAID = {
+    RecoveryOutcome.RECOVERED: "recovered",
+    RecoveryOutcome.STEP_FAILED: "recovered, less the requests of a step",
+    RecoveryOutcome.GIVEN_UP: "not recovered",
+}
 
 
 def raise_epoch(page: ControlPage, epoch: int, reason: str) -> None:
@@ -50,13 +49,13 @@ def _oldest(executor: Any) -> Collection[str]:
     return executor.open_steps[0].sent.num_scheduled_tokens if executor.open_steps else ()
 
 
-def tell_end(executor: Any, report: RecoveryReport, end: End) -> None:
+def tell_end(executor: Any, report: RecoveryReport, outcome: RecoveryOutcome) -> None:
     """First each request that goes on, then the report: who sees that has seen all of them."""
-    logger.warning("%s: %s", end.value, report.to_json())
+    logger.warning("%s: %s", _SAID[outcome], report.to_json())
     events, scheduler = executor.session.page.events, executor.session.scheduler
     resumed = 0
-    if scheduler is not None and end is not End.GIVEN_UP:
-        failing = _oldest(executor) if end is End.STEP_FAILED else ()
+    if scheduler is not None and outcome is not RecoveryOutcome.GIVEN_UP:
+        failing = _oldest(executor) if outcome is RecoveryOutcome.STEP_FAILED else ()
         resumed = request_events.resumed(
             events, scheduler, but=failing, epoch=report.epoch, recovery_ms=report.total_ms
         )

@@ -59,12 +59,9 @@ class Tally:
             running = () if scheduler is None else scheduler.running
             self._running = frozenset(request.request_id for request in running)
 
-    def ended(self, report: RecoveryReport, *, given_up: bool) -> None:
+    def ended(self, report: RecoveryReport, outcome: RecoveryOutcome) -> None:
         """It is over, good or bad."""
         with _failing_open():
-            outcome = RecoveryOutcome.RECOVERED
-            if not report.ok:
-                outcome = RecoveryOutcome.GIVEN_UP if given_up else RecoveryOutcome.STEP_FAILED
             ledger = self._page.ledger
             ledger.count_recovery(report.path, outcome)
             ledger.observe(None, report.total_ms / 1e3)

@@ -14,6 +14,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from ghostserve.web.security import joined_header
+
 MIDDLEWARES = (
     "ghostserve.web.cache_salt.CacheSalt",
     "ghostserve.web.key_gate.KeyGate",
@@ -44,9 +46,8 @@ def access_of(scope: Scope) -> Access:
 
 
 def authorization_of(scope: Scope) -> str | None:
-    """The Authorization header; one that is sent twice counts as both values joined, which matches no key."""
-    values = Headers(scope=scope).getlist("authorization")
-    return ",".join(values) if values else None
+    """The Authorization header."""
+    return joined_header(Headers(scope=scope), "authorization")
 
 
 def route_path(scope: Scope) -> str:

@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ghostserve.engine.drain import REASON, STATE_NAME
+from ghostserve.web.access import route_path
 
-MIDDLEWARE = "ghostserve.web.draining.Entrance"
 OBSERVER_NAME = "ghostserve_observe_quiet"
 """Under this name the app's state holds what is called when work arrives; see `health_state.Quiet`."""
 
@@ -57,13 +57,7 @@ def is_work(scope: Scope) -> bool:
     """Whether this connection may give the engine something to do."""
     if scope["type"] == "websocket":
         return True
-    return scope["type"] == "http" and scope["method"] == "POST" and not path_of(scope).startswith(OURS)
-
-
-def path_of(scope: Scope) -> str:
-    """The path below `--root-path`."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    return scope["type"] == "http" and scope["method"] == "POST" and not route_path(scope).startswith(OURS)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

@@ -22,6 +22,7 @@ from fastapi.responses import StreamingResponse
 from ghostserve.clock import monotonic_s
 from ghostserve.events.log import EventLog, Excerpt
 from ghostserve.events.record import Record
+from ghostserve.web.event_stream import is_ending
 
 LIMIT, LIMIT_MAX = 100, 1000
 SEQ_MAX = (1 << 53) - 1  # what a JSON number holds exactly everywhere
@@ -58,7 +59,7 @@ def add_events(router: APIRouter, log: EventLog, *, dependencies: Sequence[param
                 )
             place = _last_event_id(request)
             first = _excerpt(log, after if place is None else place, limit)
-            stream = _stream(log, first, followers, stopping=lambda: is_stopping(request))
+            stream = _stream(log, first, followers, stopping=lambda: is_ending(request))
             return StreamingResponse(stream, media_type="text/event-stream", headers=_HEADERS)
         response.headers.update(_HEADERS)
         excerpt = _excerpt(log, after, limit)
@@ -67,12 +68,6 @@ def add_events(router: APIRouter, log: EventLog, *, dependencies: Sequence[param
             "next": excerpt.next,
             "dropped": excerpt.dropped,
         }
-
-
-def is_stopping(request: Request) -> bool:
-    """Whether the server has been told to end: then no stream may hold it up. vLLM leaves its server on the app."""
-    server = getattr(request.app.state, "server", None)
-    return bool(getattr(server, "should_exit", False))
 
 
 def _excerpt(log: EventLog, after: int | None, limit: int) -> Excerpt:

@@ -30,9 +30,11 @@ import hmac
 import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
+from starlette.datastructures import Headers
 
 from ghostserve.errors import UsageError
 
@@ -179,13 +181,15 @@ def access_refusal(facts: RequestFacts, policy: AccessPolicy) -> Refusal | None:
     return None
 
 
+def joined_header(headers: Headers, name: str) -> str | None:
+    """A header's value, None without one. One that is sent twice counts as both values joined: that matches nothing."""
+    values = headers.getlist(name)
+    return ",".join(values) if values else None
+
+
 def facts_of(request: Request) -> RequestFacts:
-    """Read the facts off a request; a header sent twice counts as both values joined: it matches nothing."""
-
-    def header(name: str) -> str | None:
-        values = request.headers.getlist(name)
-        return ",".join(values) if values else None
-
+    """Read the facts off a request."""
+    header = partial(joined_header, request.headers)
     return RequestFacts(
         client_host=request.client.host if request.client and request.client.host else None,
         host=header("host"),
