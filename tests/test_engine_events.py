@@ -218,7 +218,9 @@ def test_standbys_tell_that_they_are_ready_and_that_they_die() -> None:
     (ready,) = events
     assert isinstance(ready, kinds.StandbyReady)
     assert 0 <= ready.start_ms < START_TIMEOUT_S * 1e3
+    assert [standby["state"] for standby in standbys.describe()] == ["ready"]
     process.alive = False
+    assert standbys.describe() == [], "not shown as ready until it is cleared away"
     standbys.keep()
     assert events[1:] == [kinds.StandbyDied(pid=4_000_000, reason="ended")]
 

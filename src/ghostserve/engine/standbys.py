@@ -148,7 +148,7 @@ class Standbys:
             standby.end()
 
     def describe(self) -> list[dict[str, Any]]:
-        """For the status page."""
+        """For the status page; without one that is dead and not cleared away yet."""
         return [
             {
                 "pid": self._pid(standby),
@@ -157,6 +157,7 @@ class Standbys:
                 "memory_bytes": standby.memory_bytes,
             }
             for standby in list(self._standbys)
+            if standby.alive
         ]
 
     def _look(self, standby: Standby, now_s: float) -> None:
