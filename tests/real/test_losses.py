@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 import psutil
 import pytest
@@ -45,13 +46,25 @@ def _healthy(float32: Served):
 )
 def test_kill_in_decode(float32: Served, ask: Ask, rank: int) -> None:
     reference, before = float32.reference(ask), float32.recoveries()
-    hurt = Hurt(40, lambda: float32.kill(rank))
-    faulted = float32.run(ask, on_token=hurt)
-    assert hurt.done
+    pid = float32.settle()["ranks"][rank]["pid"]
+    float32.kill_after(40, rank)
+    faulted = float32.run(ask)
     assert_same(reference, faulted)
     report = float32.recovery(after=before)
     assert report["lost_ranks"] == [rank]
-    assert report["lost_pids"] == [hurt.answer["pid"]]
+    assert report["lost_pids"] == [pid]
+    assert_rebuilt(report, sealed=True)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_kill_between_two_steps(float32: Served, rank: int) -> None:
+    """From outside, by the server's route, while requests are open and no step is."""
+    killed: dict[str, Any] = {}
+    reference, before = float32.reference(SEEDED), float32.recoveries()
+    faulted = float32.run_with_stops(SEEDED, (40, lambda: killed.update(float32.kill(rank))))
+    assert_same(reference, faulted)
+    report = float32.recovery(after=before)
+    assert report["lost_pids"] == [killed["pid"]]
     assert_rebuilt(report, sealed=True)
 
 
@@ -76,15 +89,11 @@ def test_mirrors_of_coded_blocks_are_freed(float32: Served) -> None:
     ask, status = Ask(max_tokens=150), {}
 
     def kill() -> None:
-        status.update(
-            float32.server.wait_status(
-                lambda s: s["shadow"]["backlog_blocks"] == 0, timeout_s=5, what="everything coded"
-            )
-        )
-        float32.kill(0)
+        status.update(float32.settle())
+        float32.kill_after(0, 0)
 
     reference, before = float32.reference(ask), float32.recoveries()
-    faulted = float32.run(ask, on_token=Hurt(70, kill))
+    faulted = float32.run_with_stops(ask, (70, kill))
     assert_same(reference, faulted)
     shadow = status["shadow"]
     assert shadow["mirror_bytes"] <= 2 * 2 * shadow["frame_bytes"], shadow  # a tail, perhaps one just sealed
@@ -135,12 +144,8 @@ def test_eight_streams_of_mixed_lengths(float32: Served) -> None:
     ]
     references = float32.run_together(asks)
     before = float32.recoveries()
-
-    def during(tokens) -> None:
-        float32.server.wait_status(lambda _: tokens() >= 150, timeout_s=60, what="150 tokens")
-        float32.kill(1)
-
-    faulted = float32.run_together(asks, during=during)
+    float32.kill_after(20, 1)  # steps: then all of them are in mid-answer
+    faulted = float32.run_together(asks)
     for reference, result in zip(references, faulted, strict=True):
         assert_same(reference, result)
     assert_rebuilt(float32.recovery(after=before), sealed=True)
@@ -148,27 +153,16 @@ def test_eight_streams_of_mixed_lengths(float32: Served) -> None:
 
 @pytest.mark.parametrize("ranks", [(1, 0), (1, 1)], ids=["different", "same"])
 def test_two_losses_in_one_stream(float32: Served, ranks: tuple[int, int]) -> None:
-    ask, before = Ask(max_tokens=400), float32.recoveries()  # a client that gets little processor lags behind
+    ask, before = Ask(max_tokens=150), float32.recoveries()
     reference = float32.reference(ask)
-    first = Hurt(40, lambda: float32.kill(ranks[0]))
-
-    def again() -> None:
-        float32.recovery(
-            after=before
-        )  # tokens 40 to 80 may come in one piece: then rank 1 would be killed twice in one loss
-        float32.kill(ranks[1])
-
-    second = Hurt(80, again)
-
-    def both(*arguments) -> None:
-        first(*arguments)
-        second(*arguments)
-
-    faulted = float32.run(ask, on_token=both)
-    assert first.done
-    assert second.done
-    assert_same(reference, faulted)
+    for steps, rank in zip((40, 80), ranks, strict=True):
+        float32.kill_after(steps, rank)
+    assert_same(reference, float32.run(ask))
+    float32.recovery(after=before + 1)
     assert float32.recoveries() == before + 2
+    assert [report["lost_ranks"] for report in float32.server.status()["recoveries"][-2:]] == [
+        [rank] for rank in ranks
+    ]
     for report in float32.server.status()["recoveries"][-2:]:
         assert_rebuilt(report, sealed=True)
 
@@ -207,14 +201,17 @@ def test_burst_of_arrivals_and_aborts(float32: Served) -> None:
 
     late = [threading.Thread(target=one, args=(position,)) for position in range(len(asks))]
 
-    def kill_and_arrive() -> None:
-        float32.kill(0)
+    def arrive() -> None:
         for thread in late:
             thread.start()
 
     gone = threading.Thread(target=lambda: float32.run(Ask(max_tokens=400), on_token=Hurt(60, leave)))
+    float32.post("/pause?mode=keep&clear_cache=false")
+    float32.kill_after(20, 0)
     gone.start()
-    faulted = float32.run(asks[0], on_token=Hurt(20, kill_and_arrive))
+    float32.wait_for_open(1)
+    float32.post("/resume")
+    faulted = float32.run(asks[0], on_token=Hurt(10, arrive))
     for thread in [*late, gone]:
         thread.join(timeout=90)
         assert not thread.is_alive()
@@ -234,13 +231,15 @@ def test_status_answers_during_the_outage(float32: Served) -> None:
 
     looker = threading.Thread(target=look)
     looker.start()
+    float32.arm(point="adopt", rank=1, action="slow", argument=300)  # long enough to be looked at
+    float32.kill_after(60, 1)
     try:
-        float32.run(Ask(), on_token=Hurt(60, lambda: float32.kill(1)))
+        float32.run(Ask())
     finally:
         stop.set()
         looker.join(timeout=20)
     assert "recovering" in seen, set(seen)
-    assert seen[-1] == "serving"
+    assert float32.server.status()["state"] == "serving"
 
 
 def test_titles_after_a_replacement(float32: Served) -> None:
@@ -257,14 +256,14 @@ def test_a_replacement_that_dies_while_starting(float32: Served, point: str) -> 
     """The next one takes its place; survivors waiting for the first are not given up, nor is their KV."""
     ask = Ask(max_tokens=150)
     reference, before = float32.reference(ask), float32.recoveries()
+    pid = float32.settle()["ranks"][1]["pid"]
     float32.arm(point=point, rank=1, action="kill")
-    hurt = Hurt(70, lambda: float32.kill(1))
-    faulted = float32.run(ask, on_token=hurt)
-    assert_same(reference, faulted)
+    float32.kill_after(70, 1)
+    assert_same(reference, float32.run(ask))
     report = float32.recovery(after=before)
     assert_rebuilt(report, sealed=True)
     assert report["lost_ranks"] == [1, 1]
-    assert report["lost_pids"][0] == hurt.answer["pid"]
+    assert report["lost_pids"][0] == pid
     assert len(set(report["lost_pids"])) == 2, "the replacement that died is not told"
     assert float32.server.status()["ranks"][1]["pid"] not in report["lost_pids"]
 
@@ -280,7 +279,8 @@ def test_a_fork_server_that_is_gone_or_stopped(float32: Served, signum: signal.S
     fork_server.send_signal(signum)
     assert_same(reference, float32.run(ask))
     assert float32.recoveries() == before, "nobody else was lost"
-    faulted = float32.run(ask, on_token=Hurt(70, lambda: float32.kill(1)), timeout_s=150)
+    float32.kill_after(70, 1)
+    faulted = float32.run(ask, timeout_s=150)
     assert_same(reference, faulted)
     report = float32.recovery(after=before)
     assert_rebuilt(report, sealed=True)
