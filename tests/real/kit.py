@@ -225,13 +225,22 @@ class Served:
         finally:
             self.server.set_switch("skip_scrub", False)
 
-    def settle(self) -> dict[str, Any]:
-        """Serving, everything sealed is coded, all ranks alive; as of now, not as of the status before."""
+    def wait_now(
+        self, condition: Callable[[dict[str, Any]], bool], *, timeout_s: float, what: str
+    ) -> dict[str, Any]:
+        """The first status that was written from now on for which it holds: one that is there already may be a second old."""
         asked_s = monotonic_s()
         return self.server.wait_status(
+            lambda status: status["written_at_s"] > asked_s and condition(status),
+            timeout_s=timeout_s,
+            what=what,
+        )
+
+    def settle(self) -> dict[str, Any]:
+        """Serving, everything sealed is coded, all ranks alive."""
+        return self.wait_now(
             lambda status: (
-                status["written_at_s"] > asked_s
-                and status["state"] == "serving"
+                status["state"] == "serving"
                 and status["shadow"]["backlog_blocks"] == 0
                 and all(rank["state"] == "alive" for rank in status["ranks"])
             ),

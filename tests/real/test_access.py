@@ -298,7 +298,7 @@ def wait_for_left(served: Served, patterns: list[bytes], *, at_most: int) -> int
 
 
 def wait_for_no_frame_in_use(served: Served) -> None:
-    served.server.wait_status(
+    served.wait_now(
         lambda status: status["counters"]["frames_used"] == 0, timeout_s=20, what="no frame in use"
     )
 

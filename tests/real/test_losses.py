@@ -73,9 +73,7 @@ def test_kill_before_anything_is_sealed(float32: Served) -> None:
     ask = Ask(max_tokens=20)
     reference, before = float32.reference(ask), float32.recoveries()
     float32.post("/reset_prefix_cache")
-    float32.server.wait_status(
-        lambda s: s["shadow"]["coded_blocks"] == 0, timeout_s=5, what="an empty shadow"
-    )
+    float32.wait_now(lambda s: s["shadow"]["coded_blocks"] == 0, timeout_s=15, what="an empty shadow")
     float32.arm(point="staged", rank=1, action="kill", skip=8)
     assert_same(reference, float32.run(ask))
     report = float32.recovery(after=before)
