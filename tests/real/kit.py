@@ -34,9 +34,9 @@ PROMPTS = {
 SERVER_ENV = {"VLLM_SERVER_DEV_MODE": "1"}
 STARTED: list[str] = []  # every server start of this session, by configuration
 SERVING = {  # flags and environment: model runner and scheduling
-    "v1-sync": ((), dict),
+    "v1-sync": ((), dict),  # what vLLM takes by itself on a CPU
     "v1-async": (("--async-scheduling",), dict),
-    "v2-sync": ((), v2_environment),
+    "v2-sync": (("--no-async-scheduling",), v2_environment),
     "v2-async": (("--async-scheduling",), v2_environment),
 }
 _salts = itertools.count()

@@ -61,6 +61,22 @@ def soon(plan: FaultPlan) -> FaultPlan:
     return plan.at_step(50) if KINDS[plan.faults[0].kind].by_signal is None else plan.at_token(40)
 
 
+def test_an_armed_pause(float32: Served) -> None:
+    """No fault, but what the others here rest on: the stream stands still at its token until it is resumed."""
+    reference, before = float32.reference(SEEDED), float32.recoveries()
+    steps: list[int] = []
+
+    def look() -> None:
+        for act in (float32.settle, float32.settle, float32.one_step, float32.settle):
+            act()
+            steps.append(counter(float32, "steps_total"))
+
+    assert_same(reference, float32.run_with_stops(SEEDED, (40, look)))
+    assert [step - steps[0] for step in steps] == [0, 0, 1, 1]
+    assert counter(float32, "steps_total") > steps[0] + 50, "it went on"
+    assert float32.recoveries() == before
+
+
 # -- a worker ends -------------------------------------------------------------------------------------
 
 
