@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,11 +32,13 @@ def pid_of(served: Served, rank: int) -> int:
 
 def run_open(served: Served, ask: Ask, hurt: Hurt, *, timeout_s: float = 90) -> StreamResult:
     """Its tokens, of a stream that is held open until `hurt` is done: that may take longer than they do."""
-    seen = itertools.count(1)
+    seen = 0
 
-    def on_token(*chunk: Any) -> None:
-        hurt(*chunk)
-        if [next(seen) for _ in chunk[1]][-1] >= ask.max_tokens and hurt.done:
+    def on_token(index: int, ids: Sequence[int], text: str, at_s: float) -> None:
+        nonlocal seen
+        seen += len(ids)
+        hurt(index, ids, text, at_s)
+        if seen >= ask.max_tokens and hurt.done:
             raise StopStreaming
 
     result = served.run(replace(ask, max_tokens=3900), on_token=on_token, timeout_s=timeout_s)
