@@ -243,7 +243,10 @@ def test_status_answers_during_the_outage(float32: Served) -> None:
 
 @pytest.mark.usefixtures("unscrubbed")
 def test_who_has_nothing_to_do_takes_no_processor(float32: Served) -> None:
-    """Engine core, workers, standby and keeper, between requests. (The front process answers this test.)"""
+    """Engine core, workers, standby and keeper, once vLLM's ranks have stopped spinning for a message, some seconds later.
+
+    The front process answers this test.
+    """
     float32.settle()
     processes = psutil.Process(float32.server.pid).children(recursive=True)
     assert len(processes) >= 5
@@ -251,11 +254,13 @@ def test_who_has_nothing_to_do_takes_no_processor(float32: Served) -> None:
     def used_s() -> float:
         return sum(sum(process.cpu_times()[:2]) for process in processes)
 
-    began_s, before_s = monotonic_s(), used_s()
-    for _ in range(10):  # statuses, which are written a few times per second
-        float32.wait_now(lambda _: True, timeout_s=20, what="a status")
-    share = (used_s() - before_s) / (monotonic_s() - began_s)
-    assert share < 0.2, f"{share:.0%} of a core"
+    share, deadline_s = 1.0, monotonic_s() + 30
+    while share >= 0.15 and monotonic_s() < deadline_s:
+        began_s, before_s = monotonic_s(), used_s()
+        for _ in range(4):  # statuses, which are written a few times per second
+            float32.wait_now(lambda _: True, timeout_s=20, what="a status")
+        share = (used_s() - before_s) / (monotonic_s() - began_s)
+    assert share < 0.15, f"{share:.0%} of a core"
 
 
 def test_titles_after_a_replacement(float32: Served) -> None:

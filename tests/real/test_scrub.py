@@ -143,14 +143,14 @@ def test_what_cannot_be_put_right_is_recomputed(served: Served) -> None:
 
 def test_it_goes_round_while_nothing_is_wrong(served: Served) -> None:
     """Everything is read again and again, and nothing is found."""
-    served.run(Ask(max_tokens=60))
+    assert served.run(Ask(max_tokens=60)).error is None
     status = served.settle()
     served.server.set_switch("skip_scrub", False)
     after = served.server.wait_status(
         lambda s: all(
             s["scrub"][part]["rounds"] >= status["scrub"][part]["rounds"] + 1 for part in ("kv", "frames")
         ),
-        timeout_s=15,
+        timeout_s=75,
         what="a round",
     )["scrub"]
     assert after["blocks_total"] > status["scrub"]["blocks_total"]
