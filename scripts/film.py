@@ -12,7 +12,6 @@ from PIL import Image
 from playwright.sync_api import Page
 
 FRAME_MS, LAST_FRAME_MS = 200, 4000
-COLOURS = 64
 
 
 class Film:
@@ -63,17 +62,9 @@ class Film:
         """As an endless loop that rests on the last frame."""
         self._session.send("Page.stopScreencast")
         scenes = self._scenes()
-        pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture, _ in scenes]
+        first, *others = [Image.open(io.BytesIO(picture)).convert("RGB") for picture, _ in scenes]
         durations = [*(duration for _, duration in scenes[:-1]), LAST_FRAME_MS]
-        # One palette for all, or colours would flicker; without dithering what stays the same costs nothing.
-        both = Image.new("RGB", (pictures[0].width, 2 * pictures[0].height))
-        for at, picture in enumerate((pictures[len(pictures) // 2], pictures[-1])):
-            both.paste(picture, (0, at * picture.height))
-        palette = both.quantize(COLOURS, dither=Image.Dither.NONE)
-        first, *others = [
-            picture.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB") for picture in pictures
-        ]
         first.save(
             path, save_all=True, append_images=others, duration=durations, loop=0, lossless=True, method=4
         )
-        print(f"{path}: {len(pictures)} frames, {sum(durations) / 1000:.1f} s", flush=True)
+        print(f"{path}: {len(scenes)} frames, {sum(durations) / 1000:.1f} s", flush=True)

@@ -1,6 +1,6 @@
 """Makes the pictures of the page from a real run of a real server; nothing in them is drawn by hand.
 
-    scripts/pictures [--into docs/pictures]
+    scripts/pictures [--into docs/pictures] [--only idle film losses reconnecting]
 
 States: idle, streaming, recovering, recovered, mismatch (the restore is switched off), reconnecting; each light, dark and narrow.
 The film, `film.py`: one answer, a kill in the middle of it, the verdict and where its time went, in real time; only the
@@ -29,7 +29,8 @@ from ghostserve.cli.demo import demo_server
 from ghostserve.cli.demo import parse as parse_demo
 from ghostserve.testing.server import ServerProcess
 
-TOKENS, SHOOT_AT, AIM_AT, KILL_AT = 1000, 100, 250, 450
+TOKENS, SHOOT_AT, AIM_AT, KILL_AT = 800, 60, 150, 300
+PARTS = ("idle", "film", "losses", "reconnecting")
 READY_MAX_S, VERDICT_MAX_MS, TRIES = 300.0, 120_000, 3
 FILM_SIZE: ViewportSize = {"width": 1080, "height": 700}
 FILM_BYTES_MAX = 1_500_000
@@ -44,20 +45,21 @@ class Look:
     name: str
     size: ViewportSize
     dark: bool = False
-    whole: bool = False  # all of the page, not only what fits
 
     def open(self, running: Browser, url: str) -> Page:
         context = running.new_context(viewport=self.size, color_scheme="dark" if self.dark else "light")
         page = context.new_page()
         page.goto(url + "/ui")
         expect(page.locator("#rank-1 .state")).to_have_text("alive", timeout=30_000)
+        expect(page.locator("#prompt")).not_to_be_empty()
+        expect(page.locator("#no-events")).to_be_hidden()
         return page
 
 
 LOOKS = (
     Look(name="light", size={"width": 1280, "height": 940}),
     Look(name="dark", size={"width": 1280, "height": 940}, dark=True),
-    Look(name="narrow", size={"width": 360, "height": 740}, whole=True),
+    Look(name="narrow", size={"width": 360, "height": 740}),
 )
 
 
@@ -127,8 +129,8 @@ def standing_still(server: ServerProcess) -> Iterator[None]:
 
 
 def shoot(page: Page, look: Look, into: Path, state: str) -> None:
-    """One picture, with as many colours as it needs."""
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=look.whole)))
+    """One picture of the whole page, with as many colours as it needs."""
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
     path = into / f"{state}-{look.name}.png"
     picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size // 1024} KiB", flush=True)
@@ -217,6 +219,7 @@ def film(running: Browser, server: ServerProcess, into: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of the page from a real run.")
     parser.add_argument("--into", type=Path, default=Path("docs/pictures"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="not all of them")
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
     with (
@@ -226,11 +229,14 @@ def main() -> None:
     ):
         server.start()
         server.wait_ready(timeout_s=READY_MAX_S)
-        idle(running, server, options.into)
-        film(running, server, options.into)
-        for look in LOOKS:
+        if "idle" in options.only:
+            idle(running, server, options.into)
+        if "film" in options.only:
+            film(running, server, options.into)
+        for look in LOOKS if "losses" in options.only else ():
             losses(running, server, options.into, look)
-        silence(running, server, options.into)
+        if "reconnecting" in options.only:
+            silence(running, server, options.into)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_a_difference_is_red(visit: Open, server: PacedServer, unrestored: None)
 def test_an_answer_without_a_failure(visit: Open) -> None:
     page = visit()
     page.ask(40)
-    assert page.outcome("✓") == "nobody failed · 0 lost · 0 duplicated · identical ✓"
+    assert page.outcome("✓") == "nobody failed while it streamed · 0 lost · 0 duplicated · identical ✓"
 
 
 def test_a_loss_while_nothing_is_asked_for_is_told(visit: Open, server: PacedServer) -> None:

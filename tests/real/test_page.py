@@ -14,7 +14,7 @@ from real import kit
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 ADMIN_KEY = "chief"
 TOKENS, STRUCK_AT = (
-    3000,
+    2000,
     250,
 )  # a key takes some tenths of a second, on a busy machine seconds, and a step a few milliseconds
 

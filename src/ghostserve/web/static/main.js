@@ -36,7 +36,7 @@ function tellRecovery(before) {
     run.recoveredMs = !over ? Infinity : Math.min(run.recoveredMs, performance.now());
     if (status.state === "recovering") tell("a worker is lost · recovering…", "wait");
     else if (over && run.outageMs()) {
-      tell(`${opening(run, 1)} · the answer goes on, and is compared with an unfailed run when it ends`, "wait");
+      tell(`${opening(run, 1)} · the answer goes on, and is compared at its end`, "wait");
     }
   } else if (!run && !measuring && before && status.recoveries_total > before.recoveries_total && status.last_recovery?.ok) {
     tell(`recovered in ${duration(status.last_recovery.total_ms)} while nothing was asked for`, "good");
@@ -155,7 +155,8 @@ async function strike(rank, how) {
   const mark = streaming ? run.struck(rank, how) : null;
   const body = how === "slow" ? {rank, how, factor: 5, steps: 100} : {rank, how};
   try {
-    const {pid} = await inject("ghostserve/kill", body), text = `rank ${rank}, pid ${pid}, ${DEEDS[how]}`;
+    const {pid} = await inject("ghostserve/kill", body), late = run && !mark ? "; the answer had ended, and is compared once more" : "";
+    const text = `rank ${rank}, pid ${pid}, ${DEEDS[how]}${late}`;
     setText($("notice"), text);
     noteUnlogged("fault_injected", text);
     if (mark) markStruck(`rank ${rank} ${how === "crash" ? "killed" : how}`);
