@@ -128,6 +128,7 @@ def test_the_end_of_a_recovery(pages: Pages, end: RecoveryOutcome, resumed: list
     tell_end(executor, report.close(epoch=2, ok=end is RecoveryOutcome.RECOVERED), end)
     *going_on, last = told(pages)
     assert [event.request for event in going_on] == resumed
+    assert pages[1].get(Counter.REQUESTS_RESUMED_TOTAL) == len(resumed), "the metric counts what is told"
     assert isinstance(last, kinds.RecoveryEnded)
     assert (last.ok, last.requests_resumed, last.total_ms) == (
         end is RecoveryOutcome.RECOVERED,

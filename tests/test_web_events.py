@@ -167,7 +167,7 @@ def test_a_silent_stream_has_heartbeats_and_ends_with_the_server(
     monkeypatch.setattr(events_route, "HEARTBEAT_S", 0.2)
     with serving(engine) as (url, server), followed(url) as lines:
         assert next(lines) == "retry: 1000"
-        assert [line for line in (next(lines) for _ in range(4)) if line] == [": heartbeat"] * 2
+        assert [line for line in (next(lines) for _ in range(4)) if line] == [": alive"] * 2
         began_s = monotonic_s()
         server.should_exit = True
         for _ in lines:

@@ -148,7 +148,7 @@ METRICS: tuple[Metric, ...] = (
            _phases, ("phase",)),
     Metric("ghostserve_outage_seconds", "histogram", "Time of each whole recovery, from the loss being noticed to the step having run again.",
            lambda page: [((), page.ledger.histogram(None))]),
-    Metric("ghostserve_requests_resumed_total", "counter", "Requests that ran when a recovery began and went on after it.",
+    Metric("ghostserve_requests_resumed_total", "counter", "Requests that waited for a recovery, running or queued, and went on after it.",
            _counted("requests_resumed_total")),
     Metric("ghostserve_requests_recomputed_total", "counter", "Requests whose context was computed again from their tokens.",
            _counted("requests_recomputed_total")),
