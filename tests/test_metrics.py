@@ -35,6 +35,7 @@ PROMISED = {  # name and labels, as users were told
     "ghostserve_parity_bytes": (),
     "ghostserve_mirror_bytes": (),
     "ghostserve_host_budget_bytes": (),
+    "ghostserve_host_needed_bytes": (),
     "ghostserve_host_used_bytes": (),
     "ghostserve_encode_bytes_total": (),
     "ghostserve_scrub_mismatch_total": (),

@@ -172,6 +172,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("ghostserve_mirror_bytes", "gauge", "Host memory that holds mirrors.", _counted("mirror_bytes")),
     Metric("ghostserve_host_budget_bytes", "gauge", "Host memory that protection may use (--host-memory).",
            _plain(lambda page: page.shadow.get("budget_bytes"))),
+    Metric("ghostserve_host_needed_bytes", "gauge", "Host memory that full protection of the whole KV cache takes at most.",
+           _counted("host_needed_bytes")),
     Metric("ghostserve_host_used_bytes", "gauge", "Host memory behind the arena now: parity, mirrors, staging, and frames that wait to be wiped.",
            _counted("host_used_bytes")),
     Metric("ghostserve_encode_bytes_total", "counter", "KV that the keeper has encoded.", _counted("encode_bytes_total")),
