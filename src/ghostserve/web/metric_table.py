@@ -15,6 +15,7 @@ from ghostserve.arena.ledger import Histogram, Ledger
 from ghostserve.types import FailureKind, Phase, RecoveryOutcome, RecoveryPath, ServerState
 
 WORKER_STATES = ("starting", "alive", "slow", "suspect", "lost")
+DRAINING = "draining"  # the engine does not know of it, and may recover meanwhile
 PATHS = (RecoveryPath.REBUILD, RecoveryPath.RECOMPUTE)  # a restart ends the process, and its metrics with it
 
 Value = float | Histogram
@@ -30,6 +31,7 @@ class Snapshot:
     ledger: Ledger
     keeper_pid: int | None
     keeper_given_up: bool
+    draining: bool
     now_s: float
 
     @property
@@ -70,8 +72,10 @@ def _info(page: Snapshot) -> Series:
 
 def _server_states(page: Snapshot) -> Series:
     now = page.state.get("state", ServerState.STARTING.value)
-    for state in ServerState:
-        yield (state.value,), float(state.value == now)
+    if page.draining and now == ServerState.SERVING.value:
+        now = DRAINING
+    for state in (*(state.value for state in ServerState), DRAINING):
+        yield (state,), float(state == now)
 
 
 def worker_state(rank: Mapping[str, Any]) -> str:
