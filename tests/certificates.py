@@ -30,6 +30,11 @@ class Certificates:
     def server_flags(self) -> tuple[str, ...]:
         return ("--ssl-certfile", self.server_cert, "--ssl-keyfile", self.server_key)
 
+    @property
+    def mutual_flags(self) -> tuple[str, ...]:
+        """The server wants a certificate of its clients, too."""
+        return (*self.server_flags, "--ssl-ca-certs", self.cacert, "--ssl-cert-reqs", "2")
+
 
 def make(folder: Path) -> Certificates:
     """All of them, written to `folder`."""

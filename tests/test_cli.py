@@ -298,6 +298,8 @@ def test_status_is_readable() -> None:
     assert "KV holds 3 NaN and 0 infinities" in status.render(broken)
     assert "wrong: 1 KV" in status.render(broken)
     assert "scrub     off" in status.render(after | {"scrub": after["scrub"] | {"rate_bytes_s": 0}})
+    assert "draining" not in text
+    assert "serving · draining: no new requests" in status.render(after | {"draining": True})
     unbound = before | {"shadow": before["shadow"] | {"bound_holds": False}}
     assert "DOES NOT HOLD" in status.render(unbound)
 

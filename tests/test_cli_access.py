@@ -33,7 +33,7 @@ def server(
         log_dir=tmp_path_factory.mktemp("server"),
         api_key="secret",
         admin_key="root",
-        cacert=tls.cacert,
+        tls=Tls(cacert=tls.cacert),
     ) as server:
         server.start()
         server.wait_ready(timeout_s=60)
@@ -52,7 +52,9 @@ def test_the_client_and_the_harness_speak_tls(server: ServerProcess, tls: certif
     assert server.status()["state"] == "serving"
     server.set_switch("debug_copy", True)
     server.set_switch("debug_copy", False)
-    result = stream_completion(server.base_url, prompt="p", max_tokens=5, api_key="secret", cacert=tls.cacert)
+    result = stream_completion(
+        server.base_url, prompt="p", max_tokens=5, api_key="secret", tls=Tls(cacert=tls.cacert)
+    )
     assert (result.error, result.tokens_total) == (None, 5)
 
 
@@ -66,6 +68,29 @@ def test_the_verbs_trust_what_they_are_told_to(
     assert cli.main(["status", *key, "--cacert", tls.cacert, "--cert", tls.client_cert]) == 0
     monkeypatch.setenv("SSL_CERT_FILE", tls.cacert)
     assert cli.main(["status", *key]) == 0
+
+
+def test_a_server_that_wants_certificates_of_its_clients(
+    tls: certificates.Certificates, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verbs and harness with one; without it, and with one of somebody else's authority, they say what is missing."""
+    strangers = tmp_path / "strangers"
+    strangers.mkdir()
+    stranger = certificates.make(strangers)
+    ours = Tls(cacert=tls.cacert, cert=tls.client_cert)
+    with ServerProcess([*FAKE, *tls.mutual_flags], log_dir=tmp_path, tls=ours) as server:
+        server.start()
+        server.wait_ready(timeout_s=60)
+        assert stream_completion(server.base_url, prompt="p", max_tokens=5, tls=ours).error is None
+        there = ["--url", server.base_url, "--cacert", tls.cacert]
+        for verb in (["status"], ["events"], ["kill", "--disarm"]):
+            assert cli.main([*verb, *there, "--cert", tls.client_cert]) == 0, verb
+            capsys.readouterr()
+            assert cli.main([*verb, *there]) == 1, verb
+            assert "client certificate" in (said := capsys.readouterr().err), said
+            assert "--cert" in said
+        assert cli.main(["status", *there, "--cert", stranger.client_cert]) == 1
+        assert "client certificate" not in capsys.readouterr().err, "one was given"
 
 
 def test_faults_want_the_admin_key(

@@ -20,6 +20,7 @@ from ghostserve.cli import (
     doctor,
     doctor_checks,
     doctor_devices,
+    doctor_flags,
     doctor_machine,
     doctor_model,
     doctor_software,
@@ -226,6 +227,24 @@ def test_port() -> None:
     assert (elsewhere.status, "--host" in str(elsewhere.remedy)) == (Status.FAIL, True)
 
 
+def test_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    asked = Subject(uds=str(path), port=70000)
+    assert only(doctor_machine.check_port(asked)).status is Status.OK, "the port does not matter"
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(path))
+        taken.listen()
+        assert only(doctor_machine.check_port(asked)).status is Status.FAIL
+    assert only(doctor_machine.check_port(asked)).status is Status.OK, (
+        "a killed server's: the next removes it"
+    )
+    path.unlink()
+    path.write_text("a file")
+    assert only(doctor_machine.check_port(asked)).status is Status.FAIL
+    for wrong in (tmp_path / "no" / "s", tmp_path / ("x" * 107)):
+        assert only(doctor_machine.check_port(Subject(uds=str(wrong)))).status is Status.FAIL
+
+
 def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment = {"VLLM_CACHE_ROOT": str(tmp_path / "not" / "made" / "yet")}
     assert doctor_machine.check_disk(PLAIN, environment=environment)[0].status is Status.OK
@@ -359,6 +378,65 @@ def test_flags() -> None:
     assert (subject.kv_cache_bytes, others, as_json) == (1 << 30, ["--max-model-len"], True)
     assert doctor.parse(["--max-model-len", "4096"])[0].model is None
     assert doctor.parse(["--model", "m"])[0].model == "m"
+
+
+def test_flags_are_spelt_as_vllm_takes_them() -> None:
+    argv = ["m", "--tensor_parallel_size", "2", "--kv_cache_memory_bytes=1Gi", "--uds=/run/a_b"]
+    subject, others, _ = doctor.parse(argv)
+    assert (subject.ranks, subject.kv_cache_bytes, subject.uds, others) == (2, 1 << 30, "/run/a_b", [])
+
+
+CONFIG_FILE = """
+model: m
+tensor_parallel_size: 4
+host-memory: 2Gi
+ui: true
+enforce-eager: false
+allowed-origins: [a, b]
+middleware: []
+compilation-config: {level: 0}
+"""
+
+
+def test_a_configuration_file_is_read_as_serve_does(tmp_path: Path) -> None:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG_FILE)
+    for config in (["--config", str(file)], [f"--config={file}"]):
+        subject, others, _ = doctor.parse(["--port", "1", *config])
+        assert (subject.model, subject.ranks, subject.port) == ("m", 4, 1)
+        assert (subject.config.host_memory, subject.config.ui) == (2 << 30, True)
+        assert "--allowed-origins" in others
+        assert doctor.parse(["mine", "-tp", "2", *config])[0].ranks == 2, "the command line wins"
+        assert doctor.parse(["mine", *config])[0].model == "mine"
+    theirs = FlexibleArgumentParser()
+    theirs.add_argument("--no-enforce-eager")
+    expected = [
+        word.replace("_", "-") if word.startswith("--") else word
+        for word in theirs.load_config_file(str(file))
+    ]
+    assert doctor_flags.spread(["--config", str(file)]) == (None, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("x.yaml", None, "x.yaml: No such file"),
+        ("x.yaml", "a: [", "x.yaml: no YAML"),
+        ("x.yaml", "- a", "one 'flag: value' a line"),
+        ("x.json", "{}", "ends in .yaml"),
+    ],
+)
+def test_a_configuration_file_that_cannot_be_read(
+    tmp_path: Path, name: str, text: str | None, said: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=said):
+        doctor.parse(["--config", str(tmp_path / name)])
+    with pytest.raises(UsageError, match="name one file"):
+        doctor.parse(["--config", "a.yaml", "--config=b.yaml"])
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_the_end_of_a_recovery(pages: Pages, end: RecoveryOutcome, resumed: list
     tell_end(executor, report.close(epoch=2, ok=end is RecoveryOutcome.RECOVERED), end)
     *going_on, last = told(pages)
     assert [event.request for event in going_on] == resumed
+    assert pages[1].get(Counter.REQUESTS_RESUMED_TOTAL) == len(resumed), "the metric counts what is told"
     assert isinstance(last, kinds.RecoveryEnded)
     assert (last.ok, last.requests_resumed, last.total_ms) == (
         end is RecoveryOutcome.RECOVERED,
@@ -253,12 +254,15 @@ def test_the_front_keeps_and_writes_what_is_told(pages: Pages, tmp_path: Path) -
     others = set(threading.enumerate())  # apps that tests mounted and never served have such threads, too
     path = tmp_path / "events.jsonl"
     engine.events.tell(kinds.RankSlow(rank=0, reason="early"))
-    kept = KeptEvents(front, GhostConfig(event_log=str(path)), traced=True)
+    kept = KeptEvents(front, GhostConfig(event_log=str(path)))
+    kept.trace()
     ours = set(threading.enumerate()) - others
     assert ours
     engine.events.tell(kinds.RankNotSlow(rank=0))
     assert [record.event.kind for record in kept.log.all()] == ["rank_slow", "rank_not_slow"]
-    kept.close(4)
+    kept.close(4, "no worker could be started")
+    *_, last = read_files(path)
+    assert last.event == kinds.ServerStopped(exit_status=4, reason="no worker could be started")
     assert [record.event.kind for record in read_files(path)] == [
         "rank_slow",
         "rank_not_slow",
@@ -276,7 +280,7 @@ def test_what_the_front_missed_and_could_not_write_is_counted(
         engine.events.tell(kinds.RankNotSlow(rank=0))
     directory = tmp_path / "logs"
     directory.mkdir()
-    kept = KeptEvents(front, GhostConfig(event_log=str(directory / "events.jsonl")), traced=False)
+    kept = KeptEvents(front, GhostConfig(event_log=str(directory / "events.jsonl")))
     try:
         (directory / "events.jsonl").unlink()
         directory.rmdir()
@@ -307,4 +311,4 @@ def test_options_of_the_file_are_checked(pages: Pages, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=said):
             GhostConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"--event-log .*: No such file or directory"):
-        KeptEvents(pages[1], GhostConfig(event_log=str(tmp_path / "no" / "x")), traced=False)
+        KeptEvents(pages[1], GhostConfig(event_log=str(tmp_path / "no" / "x")))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage, Counter
+from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage
 from ghostserve.arena.memfd import Segment
 from ghostserve.engine.oom import LATELY_S, OomKills
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
@@ -32,15 +32,9 @@ def report(*, ok: bool = True, path: RecoveryPath = RecoveryPath.REBUILD) -> Rec
 def executor() -> Iterator[Any]:
     segment = Segment.create("test", CONTROL_BYTES)
     ControlPage.format(segment)
-    names = ("a", "b", "c")
-    scheduler = SimpleNamespace(
-        running=[SimpleNamespace(request_id=name) for name in names],
-        requests=dict.fromkeys((*names, "waits")),
-    )
     yield SimpleNamespace(
-        session=SimpleNamespace(page=ControlPage(segment, lane=LANE_ENGINE), scheduler=scheduler),
+        session=SimpleNamespace(page=ControlPage(segment, lane=LANE_ENGINE)),
         workers=[SimpleNamespace(proc=SimpleNamespace(pid=10 + rank)) for rank in range(3)],
-        open_steps=[],
     )
     segment.close()
 
@@ -80,7 +74,6 @@ def test_a_raise_is_no_loss_and_an_eviction_was_counted_before(executor: Any) ->
 def test_recoveries_and_their_phases(executor: Any) -> None:
     tally = Tally(executor)
     for path, outcome in (("rebuild", "recovered"), ("recompute", "step_failed"), ("rebuild", "given_up")):
-        tally.began()
         tally.ended(report(ok=outcome == "recovered", path=RecoveryPath(path)), RecoveryOutcome(outcome))
     ledger = executor.session.page.ledger
     counts = {
@@ -100,34 +93,15 @@ def test_recoveries_and_their_phases(executor: Any) -> None:
     assert observed == {Phase.DETECT, Phase.FENCE, Phase.KV}, "the others did not run"
 
 
-def test_who_ran_and_goes_on_is_resumed(executor: Any) -> None:
-    tally, page = Tally(executor), executor.session.page
-    tally.began()
-    tally.ended(report(), RecoveryOutcome.RECOVERED)
-    assert page.get(Counter.REQUESTS_RESUMED_TOTAL) == 3
-    tally.began()
-    executor.open_steps = [SimpleNamespace(sent=SimpleNamespace(num_scheduled_tokens={"a": 1, "b": 1}))]
-    tally.ended(report(ok=False), RecoveryOutcome.STEP_FAILED)
-    assert page.get(Counter.REQUESTS_RESUMED_TOTAL) == 3 + 1, "those of the failed step got an error"
-    tally.began()
-    tally.ended(report(ok=False), RecoveryOutcome.GIVEN_UP)
-    assert page.get(Counter.REQUESTS_RESUMED_TOTAL) == 3 + 1, "nobody"
-    executor.session.scheduler = None
-    tally.began()
-    tally.ended(report(), RecoveryOutcome.RECOVERED)
-    assert page.get(Counter.REQUESTS_RESUMED_TOTAL) == 3 + 1
-
-
 def test_what_cannot_be_counted_does_not_stop_a_recovery(
     executor: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     tally = Tally(executor)
-    executor.session.scheduler = executor.workers = object()
+    executor.workers = tally._page = object()
     with caplog.at_level(logging.ERROR):
         tally.failed(RanksDied(frozenset({1}), ""))
-        tally.began()
         tally.ended(report(), RecoveryOutcome.RECOVERED)
-    assert [record.message for record in caplog.records] == ["a loss or a recovery was not counted"] * 3
+    assert [record.message for record in caplog.records] == ["a loss or a recovery was not counted"] * 2
 
 
 # -- the kernel's kills for memory ---------------------------------------------------------------------

@@ -40,6 +40,7 @@ TOLD: list[tuple[Event, str]] = [
     (kinds.ServerServing(start_s=12.34), "the server serves, 12.3 s after its start"),
     (kinds.ServerDraining(timeout_s=30), "the server was told to end; open requests have 30 s"),
     (kinds.ServerStopped(exit_status=0), "the server ended with exit status 0"),
+    (kinds.ServerStopped(exit_status=3, reason="no port"), "the server ended with exit status 3: no port"),
     (kinds.ServerGaveUp(reason="no process"), "the server gives up: no process"),
     (
         kinds.FaultInjected(how="crash", rank=1, pid=9),
@@ -101,6 +102,11 @@ TOLD: list[tuple[Event, str]] = [
         "protection is off until nothing is served: a step could not be planned",
     ),
     (kinds.ProtectionRegained(), "protection is on again for what comes from here on"),
+    (
+        kinds.KvUnprotected(blocks=3, reason="--host-memory is full"),
+        "3 KV blocks would be computed again after a loss: --host-memory is full",
+    ),
+    (kinds.KvProtected(), "all KV is protected again"),
     (
         kinds.ScrubFinding(
             rank=1, part="kv", block=8, repaired=True, remedy="rebuild", layers=["layers.0", "layers.1"]
@@ -455,6 +461,48 @@ def test_a_file_that_was_moved_is_made_anew(file: EventFile, path: Path) -> None
     path.unlink()
     file.write(one(3))
     assert seqs(list(read_files(path))) == [3]
+
+
+def test_a_torn_line_takes_no_other_with_it(path: Path) -> None:
+    """Of a server that was killed while it wrote."""
+    path.write_text('{"seq":1,"at"')
+    file = EventFile(path, max_bytes=4096, files=2)
+    records = records_of(kinds.ServerStopped(exit_status=0), kinds.KeeperDied(pid=1, status=9))
+    for record in records:
+        file.write([record])
+    file.close()
+    assert list(read_files(path)) == records
+    assert path.read_text().count("\n") == 3, "only the torn line was ended"
+
+
+def test_what_is_no_event_is_passed_over(path: Path) -> None:
+    good = records_of(kinds.ServerStopped(exit_status=0))
+    doc = good[0].to_json()
+    junk = [
+        "5",
+        "[]",
+        "null",
+        doc.replace('"seq":1', '"seq":1e400'),
+        "[" * 100_000,
+        doc.replace('"data":{', '"data":5,"x":{'),
+    ]
+    assert doc not in junk
+    path.write_text("\n".join([*junk, doc, ""]))
+    assert list(read_files(path)) == good
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match=r"--event-log .*events.jsonl: No such device"):
+        EventFile(path, max_bytes=9999, files=2)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        file = EventFile(path, max_bytes=9999, files=2)
+        file.write(records_of(kinds.ServerStopped(exit_status=0)))
+        file.close()
+        assert os.read(reader, 4096).endswith(b"}\n")
+    finally:
+        os.close(reader)
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ PROMISED = {  # name and labels, as users were told
     "ghostserve_parity_bytes": (),
     "ghostserve_mirror_bytes": (),
     "ghostserve_host_budget_bytes": (),
+    "ghostserve_host_needed_bytes": (),
     "ghostserve_host_used_bytes": (),
     "ghostserve_encode_bytes_total": (),
     "ghostserve_scrub_mismatch_total": (),
@@ -46,7 +47,7 @@ LABEL_VALUES = {
     "outcome": {outcome.value for outcome in RecoveryOutcome},
     "phase": {phase.value for phase in Phase},
     "rank": {"0", "1"},
-    "state": {*WORKER_STATES, *(state.value for state in ServerState)},
+    "state": {*WORKER_STATES, *(state.value for state in ServerState), "draining"},
 }
 
 
@@ -96,6 +97,18 @@ def test_every_series_is_there_from_the_first_scrape_on(page: ControlPage) -> No
     empty = {name for name in names if not any(key[0].startswith(name) for key in found.samples)}
     assert empty == {"ghostserve_worker_state"}
     assert found.get("server_state", state="starting") == 1
+
+
+def test_a_server_that_drains_says_so_unless_it_recovers(engine: FakeEngine) -> None:
+    registry = CollectorRegistry()
+    registry.register(PageCollector(engine, draining=lambda: True))
+    for state, shown in (("serving", "draining"), ("recovering", "recovering"), ("failed", "failed")):
+        engine.state = state
+        found = parse(generate_latest(registry).decode())
+        on = {dict(labels)["state"] for (name, labels), value in found.samples.items()
+              if name == "ghostserve_server_state" and value}  # fmt: skip
+        assert on == {shown}
+    assert scrape(engine).get("server_state", state="draining") == 0
 
 
 def test_labels_are_bounded(engine: FakeEngine) -> None:

@@ -43,8 +43,8 @@ def histogram(name: str) -> set[str]:
 
 
 def names_in(query: str) -> set[str]:
-    """Names of ours and of vLLM's in a query, outside of strings; and `up`."""
-    return set(re.findall(r"\b(?:ghostserve_|vllm:)\w+|\bup\b", re.sub(r'"[^"]*"', "", query)))
+    """Names of ours, of vLLM's and of its process in a query, outside of strings; and `up`."""
+    return set(re.findall(r"\b(?:ghostserve_|vllm:|process_)\w+|\bup\b", re.sub(r'"[^"]*"', "", query)))
 
 
 def queries(panels: list[dict[str, Any]]) -> Iterator[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from ghostserve.cli import restart_cost
+from ghostserve.cli import doctor, restart_cost
 from ghostserve.cli.restart_cost import SecondServer, lack_of_memory, memory_of_this_server, obstacle
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.testing.fake_engine import FakeEngine
@@ -42,6 +44,26 @@ def settled(second: SecondServer) -> dict[str, Any]:
 def test_which_servers_are_not_started_twice(arguments: Namespace, said: str | None) -> None:
     found = obstacle(arguments)
     assert found is None if said is None else said in str(found)
+
+
+def test_its_events_go_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file belongs to this server; what the other one is started with is read as that will read it."""
+    commands: list[list[str]] = []
+
+    def started(command: list[str], **_more: Any) -> None:
+        commands.append(command)
+        raise OSError("seen")
+
+    monkeypatch.setattr(restart_cost, "ServerProcess", started)
+    monkeypatch.setenv("GHOSTSERVE_RUN_DIRECTORY", str(tmp_path))
+    file = tmp_path / "config.yaml"
+    file.write_text(f"event-log: {tmp_path / 'events.jsonl'}")
+    for argv in (["m", "--event-log", str(tmp_path / "events.jsonl")], ["m", "--config", str(file)]):
+        second = SecondServer(argv, {}, api_key=None, obstacle=None)
+        second.start()
+        assert "seen" in settled(second)["reason"]
+        subject, _, _ = doctor.parse(commands.pop()[4:])
+        assert subject.config.event_log == os.devnull
 
 
 def test_a_second_server_must_fit() -> None:

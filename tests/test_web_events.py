@@ -167,12 +167,27 @@ def test_a_silent_stream_has_heartbeats_and_ends_with_the_server(
     monkeypatch.setattr(events_route, "HEARTBEAT_S", 0.2)
     with serving(engine) as (url, server), followed(url) as lines:
         assert next(lines) == "retry: 1000"
-        assert [line for line in (next(lines) for _ in range(4)) if line] == [": heartbeat"] * 2
+        assert [line for line in (next(lines) for _ in range(4)) if line] == [": alive"] * 2
         began_s = monotonic_s()
         server.should_exit = True
         for _ in lines:
             pass
         assert monotonic_s() - began_s < 5
+
+
+def test_a_stream_that_breaks_off_is_logged(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client sees it end, and comes back; that it was a mistake of ours is for the log."""
+    engine.events.tell(slow(0))
+
+    def broken(_record: object) -> bytes:
+        raise RuntimeError("no bytes")
+
+    monkeypatch.setattr(events_route, "_as_sse", broken)
+    with serving(engine) as (url, _), followed(f"{url}", "?follow=1") as lines:
+        assert [line for line in lines if line] == ["retry: 1000"]
+    assert "a stream of events broke off" in caplog.text
 
 
 def test_streams_are_bounded(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,14 @@ def test_a_server_that_serves(client: TestClient, engine: FakeEngine) -> None:
     assert 0.0 <= body["last_token_age_seconds"] < 10.0
 
 
+def test_head_is_answered_as_get_is(client: TestClient, engine: FakeEngine) -> None:
+    """As some load balancers ask."""
+    for state, status in (("serving", 200), ("failed", 503)):
+        engine.state = state
+        assert client.head("/health").status_code == client.head("/readyz").status_code == status
+        assert client.head("/livez").status_code == 200
+
+
 def test_ours_answers_health_and_not_the_route_that_was_there_before() -> None:
     """vLLM's has no body. Negative control: without ours it is that one which answers."""
     engine = FakeEngine()
@@ -230,6 +238,7 @@ def test_what_comes_while_draining(engine: FakeEngine) -> None:
     work = {"prompt": "x", "max_tokens": 1}
     assert client.post("/v1/completions", json=work).status_code == 200
     assert drain.open_requests == 0
+    assert client.get("/ghostserve/status").json()["draining"] is False
     drain.begun = True
     refused = client.post("/v1/completions", json=work)
     assert refused.status_code == 503
@@ -242,6 +251,7 @@ def test_what_comes_while_draining(engine: FakeEngine) -> None:
     assert client.get("/readyz").json()["state"] == "draining"
     assert client.post("/ghostserve/kill", json={"rank": 0}).status_code == 200  # an operator's, no work
     assert client.get("/v1/models").status_code == 200
+    assert client.get("/ghostserve/status").json()["draining"] is True
 
 
 def test_a_websocket_is_refused_while_draining(engine: FakeEngine) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from ghostserve.clock import monotonic_s
 from ghostserve.testing.client import StreamResult, stream_completion
 from ghostserve.testing.oracle import compare_choices
 from ghostserve.testing.server import ServerProcess, ghostserve_command
-from ghostserve.web.admin import auth_headers
+from ghostserve.web.admin import NO_TLS, Tls, auth_headers
 from real.overlay import v2_environment
 
 TINY = Path(ghostserve.__file__).parent / "models" / "tiny-llama"
@@ -82,7 +81,7 @@ class Door:
 
     api_key: str | None = None
     admin_key: str | None = None
-    cacert: str | None = None  # the server speaks TLS
+    tls: Tls = NO_TLS
 
     def client(self) -> httpx.Client:
         """No connection is kept: a server's references outlive it, and a socket that nobody closes fails a later test."""
@@ -91,7 +90,7 @@ class Door:
             trust_env=False,
             limits=httpx.Limits(max_keepalive_connections=0),
             headers=auth_headers(self.api_key),
-            verify=True if self.cacert is None else ssl.create_default_context(cafile=self.cacert),
+            verify=self.tls.context() if self.tls.given else True,
         )
 
 
@@ -119,7 +118,7 @@ class Served:
             on_token=on_token,
             timeout_s=timeout_s,
             api_key=self.door.api_key,
-            cacert=self.door.cacert,
+            tls=self.door.tls,
             extra=ask.extra,
             **ask.body,
         )
@@ -299,7 +298,7 @@ def serve(
         env={**SERVER_ENV, **more_env(), **(env or {})},
         api_key=door.api_key,
         admin_key=door.admin_key,
-        cacert=door.cacert,
+        tls=door.tls,
     )
     STARTED.append(name)
     server.start()

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,7 @@ import pytest
 
 import certificates
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.web.admin import Tls
 from ghostserve.web.cache_salt import SALTED_PATHS
 from ghostserve.web.key_gate import OPEN_PATHS
 from real import kit
@@ -29,7 +31,8 @@ from real.kit import PROMPTS, Ask, Door, Served, assert_same
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 ALICE, BOB, ADMIN = "sk-alice-5f1c", "sk-bob-9d3e", "sk-admin-77aa"
 LIMIT = 256 << 10
-MEMFDS = ("ghostserve-pool", "ghostserve-staging", "ghostserve-debug")
+MEMFDS = ("ghostserve-pool", "ghostserve-staging", "ghostserve-debug", "ghostserve-control")
+COLLECTIVES = "ghostserve-collectives"  # the ranks' own
 WINDOW_BYTES = 64
 
 
@@ -50,8 +53,9 @@ def start(files: Path, tls: certificates.Certificates, name: str, *flags: str) -
     served = kit.serve(
         files, name, "--dtype", "float32", "--enforce-eager",
         "--api-key-file", str(files / "keys"), "--admin-api-key-file", str(files / "admin"),
-        "--max-body-size", "256Ki", "--enable-scale-out", "--ui", *tls.server_flags, *flags,
-        serving="v1-async", door=Door(api_key=ALICE, admin_key=ADMIN, cacert=tls.cacert),
+        "--max-body-size", "256Ki", "--enable-scale-out", "--ui", *tls.mutual_flags, *flags,
+        serving="v1-async",
+        door=Door(api_key=ALICE, admin_key=ADMIN, tls=Tls(cacert=tls.cacert, cert=tls.client_cert)),
     )  # fmt: skip
     try:
         yield served
@@ -64,9 +68,9 @@ def served(files: Path, tls: certificates.Certificates) -> Iterator[Served]:
     yield from start(files, tls, "access")
 
 
-def client(served: Served, key: str | None, *, cacert: bool = True) -> httpx.Client:
+def client(served: Served, key: str | None, **without: None) -> httpx.Client:
     """For whoever holds this key."""
-    door = Door(api_key=key, cacert=served.door.cacert if cacert else None)
+    door = Door(api_key=key, tls=replace(served.door.tls, **without))
     http = door.client()
     http.base_url = httpx.URL(served.server.base_url)
     return http
@@ -150,18 +154,24 @@ def test_the_keys_are_shown_nowhere(served: Served) -> None:
 
 
 def test_tls_covers_our_routes_and_verbs(served: Served, files: Path) -> None:
-    with client(served, ALICE, cacert=False) as http, pytest.raises(httpx.ConnectError, match="certificate"):
+    with client(served, ALICE, cacert=None) as http, pytest.raises(httpx.ConnectError, match="certificate"):
         http.get("/ghostserve/status")
+    with client(served, ALICE, cert=None) as http:
+        for path in ("/ghostserve/status", "/v1/models", "/health"):
+            with pytest.raises(httpx.TransportError):  # which one depends on who is quicker
+                http.get(path)
     with pytest.raises(httpx.HTTPError):
         httpx.get(served.server.base_url.replace("https", "http") + "/health", trust_env=False)
     (files / "alice").write_text(ALICE)
-    verb = [sys.executable, "-m", "ghostserve.cli.main", "status", "--url", served.server.base_url]
-    done = subprocess.run(
-        [*verb, "--cacert", str(served.door.cacert), "--api-key-file", str(files / "alice")],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "serving" in done.stdout
+    trusted = ("--cacert", str(served.door.tls.cacert))
+    verb = [sys.executable, "-m", "ghostserve.cli.main", "status", "--url", served.server.base_url, *trusted]
+    for cert, code, said in ((("--cert", str(served.door.tls.cert)), 0, "serving"), ((), 1, "--cert")):
+        done = subprocess.run(
+            [*verb, *cert, "--api-key-file", str(files / "alice")],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert said in done.stdout + done.stderr
 
 
 def test_no_other_site_may_read_answers(served: Served) -> None:
@@ -261,15 +271,17 @@ def test_without_salts_it_can_be_probed(files: Path, tls: certificates.Certifica
 
 
 def arena(served: Served) -> dict[str, bytes]:
-    """The bytes of the arena as the front process holds it, by segment."""
+    """The bytes of all that we share between processes, by segment: the arena as the front process holds it, and the memory
+    that collectives go over.
+    """
+    holders = [served.server.pid, *(rank["pid"] for rank in served.server.status()["ranks"])]
     found = {}
-    folder = Path(f"/proc/{served.server.pid}/fd")
-    for entry in folder.iterdir():
+    for entry in (entry for pid in holders for entry in Path(f"/proc/{pid}/fd").iterdir()):
         with contextlib.suppress(FileNotFoundError):  # connections come and go
             name = os.readlink(entry).removeprefix("/memfd:").partition(" ")[0]
-            if name in MEMFDS:
+            if name in (*MEMFDS, COLLECTIVES) and name not in found:
                 found[name] = entry.read_bytes()
-    assert set(found) == set(MEMFDS)
+    assert set(found) == {*MEMFDS, COLLECTIVES}
     return found
 
 

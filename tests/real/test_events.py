@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def served(
 ) -> Iterator[kit.Served]:
     served = kit.serve(
         tmp_path_factory.mktemp("server"), "events", "--dtype", "float32", "--enforce-eager",
+        "--chat-template", "{% for message in messages %}{{ message.content }}{% endfor %}",
         "--enable-per-request-metrics", "--event-log", str(log_file), "--otlp-traces-endpoint", collector.url,
         env={"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"},
     )  # fmt: skip
@@ -51,22 +53,22 @@ def served(
         served.server.stop()
 
 
-def post(served: kit.Served, **body: Any) -> dict[str, Any]:
+def post(served: kit.Served, *, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
     """A whole answer."""
     with httpx.Client(timeout=60, trust_env=False) as http:
-        answer = http.post(served.server.base_url + "/v1/completions", json={**BODY, **body})
+        answer = http.post(served.server.base_url + path, json={**BODY, **body})
         answer.raise_for_status()
         doc: dict[str, Any] = answer.json()
         return doc
 
 
-def stream(served: kit.Served) -> list[dict[str, Any]]:
+def stream(served: kit.Served, *, path: str = "/v1/completions", **more: Any) -> list[dict[str, Any]]:
     """The chunks of a stream with the metrics in its last one."""
-    body = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
+    body = {**BODY, **more, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
     with (
         httpx.Client(timeout=60, trust_env=False) as http,
-        http.stream("POST", served.server.base_url + "/v1/completions", json=body, headers=headers) as answer,
+        http.stream("POST", served.server.base_url + path, json=body, headers=headers) as answer,
     ):
         return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
 
@@ -173,6 +175,39 @@ def test_spans_reach_a_collector(
     assert (recovery.end_time_unix_nano - recovery.start_time_unix_nano) / 1e6 == pytest.approx(
         total_ms, abs=1
     )
+
+
+def test_a_chat_says_so_too(served: kit.Served, killed: tuple[str, list[dict[str, Any]]]) -> None:
+    """A stream and a whole answer that wait for the same recovery, and one that waits for none."""
+    message = {"role": "user", "content": PROMPTS["json-dump"]}
+    chat = {"path": "/v1/chat/completions", "messages": [message], "ignore_eos": True}
+    before = served.recoveries()
+    served.post("/pause?mode=keep&clear_cache=false")
+    served.kill_after(40, 1)
+    with ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(stream, served, max_tokens=200, **chat)
+        whole = pool.submit(post, served, max_tokens=200, **chat)
+        served.wait_for_open(2)
+        served.post("/resume")
+        chunks, answer = streamed.result(60), whole.result(60)
+    report = served.recovery(after=before)
+    assert answer["usage"]["completion_tokens"] == 200
+    for name, metrics in (("stream", chunks[-1]["metrics"]), ("whole", answer["metrics"])):
+        assert metrics["recoveries"] == 1, name
+        assert metrics["recovery_time_ms"] == pytest.approx(report["total_ms"], abs=0.01)
+    for metrics in (
+        stream(served, max_tokens=5, **chat)[-1]["metrics"],
+        post(served, max_tokens=5, **chat)["metrics"],
+    ):
+        assert (metrics["recoveries"], metrics["recovery_time_ms"]) == (0, 0)
+    found = kinds_in(tell(served, "story", answer["id"], "--json"))
+    assert {"request_admitted", "request_resumed", "request_finished"} <= set(found)
+    counted = served.server.status()["counters"]["requests_resumed_total"]
+    told = [
+        json.loads(line)
+        for line in tell(served, "events", "--kind", "request_resumed", "--json").splitlines()
+    ]
+    assert counted == len(told) == 3, "the metric counts what is told"
 
 
 def test_the_file_has_it_all_and_a_stream_ends_with_the_server(

@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from ghostserve.clock import monotonic_s, sleep_s
@@ -25,13 +28,15 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
 HELD_S = 5.0  # a newcomer that is stopped is noticed after so long
 READY_S = 1.0
+STALL_S = 9.0  # more than such a recovery takes
 DRAIN_S = 12
 FLAGS = (
     "--dtype", "float32", "--enforce-eager", "--api-key", "secret",
-    "--hang-timeout", str(HELD_S), "--ready-while-recovering", str(READY_S), "--shutdown-timeout", str(DRAIN_S),
+    "--hang-timeout", str(HELD_S), "--stall-timeout", str(STALL_S), "--ready-while-recovering", str(READY_S), "--shutdown-timeout", str(DRAIN_S),
 )  # fmt: skip
 FINISHES = Ask(max_tokens=250)
 STRUCK = Ask(max_tokens=150)
+LASTS = Ask(max_tokens=1000)  # until the engine is stopped from outside, on a fast machine, too
 DOES_NOT = Ask(max_tokens=3900)
 KEY = {"Authorization": "Bearer secret"}
 
@@ -146,6 +151,39 @@ def test_a_rank_stopped_for_a_moment(served: kit.Served) -> None:
     assert served.recoveries() == before
 
 
+def test_an_engine_that_hangs(served: kit.Served, http: httpx.Client) -> None:
+    """The engine core is stopped in the middle of a stream: healthy up to the bound, then stalled, and well once it goes on."""
+    reference = served.reference(LASTS)
+    before = served.recoveries()
+    (core,) = [
+        process
+        for process in psutil.Process(served.server.pid).children(recursive=True)
+        if "VLLM::EngineCore" in process.cmdline()
+    ]
+    stream = Stream(served, LASTS)
+    core.suspend()
+    stopped_s = monotonic_s()
+    try:
+        body = wait_for(http, "/health", lambda answer: answer.status_code == 503)
+        assert monotonic_s() - stopped_s > STALL_S - 1
+        assert (body["state"], body["running"]) == ("stalled", 1)
+        wait_for(http, "/health", lambda answer: "1 requests wait" in answer.json()["reason"])
+        assert http.get("/readyz").status_code == 503
+        assert http.get("/livez").status_code == 200
+        stuck = http.get("/health_generate", headers=KEY)
+        assert (stuck.status_code, stuck.json()["state"]) == (503, "stalled")
+        shown = subprocess.run(
+            [sys.executable, "-m", "ghostserve.cli.main", "status", "--url", served.server.base_url, "--api-key", "secret"],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert shown.returncode == 0, shown.stderr
+    finally:
+        core.resume()
+    assert wait_for(http, "/health", lambda answer: answer.status_code == 200)["state"] == "serving"
+    assert_same(reference, stream.wait())
+    assert served.recoveries() == before, "nobody was taken for hung while the one who judges was"
+
+
 def test_drain(served: kit.Served, http: httpx.Client) -> None:
     """The last test of this server: one stream ends in time, through a loss, and one does not; new requests are refused."""
     reference = served.reference(FINISHES)
@@ -163,7 +201,7 @@ def test_drain(served: kit.Served, http: httpx.Client) -> None:
     assert refused.json()["error"]["code"] == 503
     assert http.get("/health").status_code == 200
     assert http.get("/health_generate", headers=KEY).status_code == 503
-    served.arm(point="adopt", rank=1, action="slow", argument=300)  # long enough to be looked at
+    assert served.server.status()["draining"] is True
     served.kill(1)
     recovering = wait_for(http, "/health", lambda answer: answer.json()["recovery"] is not None)
     assert recovering["state"] == "draining"

@@ -16,6 +16,8 @@ import pytest
 
 from ghostserve.cli import main as cli
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.events.file import read_files
+from ghostserve.events.kinds import ServerStarted, ServerStopped
 from ghostserve.testing.server import ServerProcess
 from real import families, kit
 from real.kit import TINY, Ask, Hurt
@@ -106,10 +108,27 @@ def test_ctrl_c_while_starting(tmp_path: Path) -> None:
         assert process.wait(60) == 130, (tmp_path / "log").read_text()[-2000:]
 
 
-def test_a_missing_model() -> None:
-    done = ghostserve("serve", "/no/such/model", "--tensor-parallel-size", "2", "--enforce-eager")
+def end_in(event_log: Path) -> ServerStopped:
+    """What a server that did not start left in its event log; it has been told of before."""
+    first, *_, last = (record.event for record in read_files(event_log))
+    assert isinstance(first, ServerStarted)
+    assert isinstance(last, ServerStopped)
+    return last
+
+
+def test_a_missing_model(tmp_path: Path) -> None:
+    log, uds = tmp_path / "events.jsonl", tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(uds))
+    done = ghostserve(
+        "serve", "/no/such/model", "--tensor-parallel-size", "2", "--enforce-eager",
+        "--event-log", str(log), "--uds", str(uds),
+    )  # fmt: skip
     assert done.returncode == 2
     assert "/no/such/model" in done.stderr.splitlines()[-1]
+    assert end_in(log).exit_status == 2
+    assert "/no/such/model" in end_in(log).reason
+    assert not uds.exists(), "what a killed server left was in nobody's way, and nothing is left now"
 
 
 def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:
@@ -120,14 +139,17 @@ def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:
     assert "Mamba" in done.stderr
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = ghostserve("serve", str(TINY), "--enforce-eager", "--port", port)
+        done = ghostserve("serve", str(TINY), "--enforce-eager", "--port", port, "--event-log", str(log))
     assert done.returncode == 3, done.stderr[-800:]
     assert port in done.stderr.splitlines()[-1]
+    assert end_in(log).exit_status == 3
+    assert f"cannot listen on 127.0.0.1:{port}" in end_in(log).reason
 
 
 def assert_nothing_left(server: ServerProcess) -> None:

@@ -51,8 +51,9 @@ class Counter(IntEnum):
     EVENT_LOG_ERRORS_TOTAL = auto()  # times that --event-log could not be written; tried again each second
     SHADOW_LAG_TOKENS = auto()  # written by steps that are not accepted yet
     UNPROTECTED_TOKENS = auto()  # in live KV, and nowhere else
-    REQUESTS_RESUMED_TOTAL = auto()  # ran when a recovery began, and went on after it
+    REQUESTS_RESUMED_TOTAL = auto()  # waited for a recovery, running or queued, and went on after it
     HOST_USED_BYTES = auto()  # memory behind the arena, of what the budget bounds
+    HOST_NEEDED_BYTES = auto()  # what full protection of all KV takes at most, whatever the budget is
 
 
 class Switch(IntEnum):

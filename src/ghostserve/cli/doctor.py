@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ghostserve.cli.arguments import Parser, new_parser
 from ghostserve.cli.doctor_checks import Check, Finding, Status, Subject, ok, run_checks
 from ghostserve.cli.doctor_devices import check_devices
+from ghostserve.cli.doctor_flags import spread
 from ghostserve.cli.doctor_machine import (
     check_disk,
     check_memory,
@@ -64,15 +65,16 @@ def _parser() -> Parser:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--uds", metavar="PATH")
     parser.add_argument("--kv-cache-memory-bytes", metavar="BYTES")
+    parser.add_argument("--config", metavar="FILE", help="read first, as serve does")
     GhostConfig.add_arguments(parser)
     return parser
 
 
 def parse(argv: Sequence[str]) -> tuple[Subject, list[str], bool]:
     """What is asked about, the words that nobody here looks at, and whether the report is to be JSON. Raises UsageError."""
-    words = list(argv)
-    model = words.pop(0) if words and not words[0].startswith("-") else None
+    model, words = spread(argv)
     options, others = _parser().parse_known_args(words)
     if options.model is not None:  # argparse took the value of a flag that it does not know for it
         others.append(options.model)
@@ -84,6 +86,7 @@ def parse(argv: Sequence[str]) -> tuple[Subject, list[str], bool]:
         ranks=options.tensor_parallel_size,
         host=options.host,
         port=options.port,
+        uds=options.uds,
         kv_cache_bytes=None if kv is None else parse_bytes(kv),
         config=GhostConfig.from_arguments(options),
     )

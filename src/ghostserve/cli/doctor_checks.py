@@ -47,6 +47,7 @@ class Subject:
     ranks: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None  # a Unix socket instead of host and port
     kv_cache_bytes: int | None = None  # per rank; None: what vLLM takes
     config: GhostConfig = field(default_factory=GhostConfig)
 

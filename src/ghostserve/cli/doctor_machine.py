@@ -17,6 +17,7 @@ from ghostserve.cli.doctor_checks import Finding, Subject, fail, ok, warn
 from ghostserve.cli.units import bytes_text
 from ghostserve.engine.leftovers import run_root
 from ghostserve.engine.settings import STANDBY_NEEDS_BYTES, Settings, memory_limit_bytes
+from ghostserve.engine.unix_socket import is_stale
 from ghostserve.errors import UsageError
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
@@ -31,6 +32,7 @@ PROCESSES_BYTES, RANK_BYTES = (
     1536 << 20,
     256 << 20,
 )  # front, engine core, fork server, keeper, standby; and each rank
+UDS_BYTES_MAX = 107  # of a Unix socket's path
 CACHE_BYTES, CACHE_LEAST_BYTES = 2 << 30, 64 << 20
 
 
@@ -110,6 +112,8 @@ def check_open_files(_subject: Subject) -> list[Finding]:
 
 def check_port(subject: Subject) -> list[Finding]:
     """Bind as the server will, and let go."""
+    if subject.uds is not None:
+        return [_unix_socket(subject.uds)]
     name, place = "port", f"{subject.host}:{subject.port}"
     if not 0 <= subject.port <= 65535:
         return [fail(name, f"{subject.port} is no port", "give --port 1 to 65535")]
@@ -127,6 +131,22 @@ def check_port(subject: Subject) -> list[Finding]:
             remedy = remedies.get(error.errno or 0, "give a --host that is an address of this machine")
             return [fail(name, f"cannot listen on {place}: {error.strerror or error}", remedy)]
     return [ok(name, f"{place} is free")]
+
+
+def _unix_socket(path: str) -> Finding:
+    """A file that is there is in the way, unless a killed server left it: that one is removed by the next."""
+    folder = Path(path).absolute().parent
+    if len(os.fsencode(path)) > UDS_BYTES_MAX:
+        return fail("port", f"--uds {path}: longer than {UDS_BYTES_MAX} bytes", "give a shorter path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return fail("port", f"--uds {path}: cannot write to {folder}", "make the folder, or name another")
+    if os.path.lexists(path) and not is_stale(path):
+        return fail(
+            "port",
+            f"--uds {path} is there, and in use or no socket",
+            "stop what listens there, or give another path",
+        )
+    return ok("port", f"{path} can be bound")
 
 
 def check_disk(_subject: Subject, *, environment: Mapping[str, str] = os.environ) -> list[Finding]:

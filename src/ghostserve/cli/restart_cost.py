@@ -81,7 +81,9 @@ class SecondServer:
         api_key: str | None,
         obstacle: str | None,
     ) -> None:
-        self._command = [sys.executable, "-m", "ghostserve.cli.main", "serve", *argv]
+        # The last one counts. Two servers must not write one file of events: each would rotate it under the other.
+        no_events = ("--event-log", os.devnull)
+        self._command = [sys.executable, "-m", "ghostserve.cli.main", "serve", *argv, *no_events]
         self._environment = dict(environment)
         self._api_key = api_key
         self._obstacle = obstacle

@@ -6,11 +6,12 @@ import logging
 import os
 import secrets
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ghostserve.arena.control import ControlPage
 from ghostserve.cli.restart_cost import SecondServer, obstacle
+from ghostserve.cli.serve_events import KeptEvents
 from ghostserve.config import GhostConfig
 from ghostserve.errors import GhostserveError
 from ghostserve.web.access import MIDDLEWARES, Access, set_access
@@ -18,6 +19,8 @@ from ghostserve.web.keys import admin_key, api_keys
 from ghostserve.web.restart import RestartCost
 
 logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130  # as `cli.main` exits then
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,22 +32,31 @@ def main(argv: Sequence[str]) -> int:
     os.environ[PLATFORM_ENV] = "1"
     from ghostserve.engine.server import serve
 
-    at_end: list[Callable[[int], None]] = []
-    code = GhostserveError.exit_code
+    kept: list[KeptEvents] = []
+    code, reason = GhostserveError.exit_code, ""
+
+    def keep_events(page: ControlPage, config: GhostConfig) -> None:
+        kept.append(KeptEvents(page, config))
 
     def mount_all(app: Any, page: ControlPage | None, arguments: Namespace, config: GhostConfig) -> None:
         key = next(iter(api_keys(arguments.api_key, None, os.environ)), None)
         second = SecondServer(argv, environment, api_key=key, obstacle=obstacle(arguments))
-        mount(app, page, arguments, config, at_end=at_end, restart=second)
+        mount(app, page, arguments, config, kept=kept[0] if kept else None, restart=second)
 
     try:
-        code = serve(argv, mount_all, prepare)
+        code = serve(argv, mount_all, prepare, keep_events)
     except GhostserveError as error:
-        code = error.exit_code
+        code, reason = error.exit_code, str(error)
+        raise
+    except KeyboardInterrupt:
+        code, reason = INTERRUPTED, "it was interrupted while it started"
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise
     finally:
-        for end in at_end:
-            end(code)
+        for events in kept:
+            events.close(code, reason)
     return code
 
 
@@ -72,24 +84,24 @@ def mount(
     arguments: Namespace,
     config: GhostConfig,
     *,
-    at_end: list[Callable[[int], None]] | None = None,
+    kept: KeptEvents | None = None,
     restart: RestartCost | None = None,
 ) -> None:
     """Add our routes and rules to vLLM's app. Without protection vLLM is as it is. Raises UsageError.
 
-    What runs beside the app is ended by what is put into `at_end`, called with the exit status; without it, with the process.
+    `kept`: the events of this server so far; without them they are kept from here on, to the end of the process.
     """
     if page is None:
         return
-    from ghostserve.cli.serve_events import KeptEvents
+    from ghostserve.web.draining import is_draining
     from ghostserve.web.health import add_health_routes
     from ghostserve.web.health_state import Limits
     from ghostserve.web.metrics import expose
     from ghostserve.web.routes import build_router
 
-    kept = KeptEvents(page, config, traced=bool(getattr(arguments, "otlp_traces_endpoint", None)))
-    if at_end is not None:
-        at_end.append(kept.close)
+    kept = kept or KeptEvents(page, config)
+    if getattr(arguments, "otlp_traces_endpoint", None):
+        kept.trace()
     app.state.ghostserve_events = kept.log
     keys = api_keys(arguments.api_key, None, os.environ)
     separate = config.prefix_cache_salt_per_key and len(set(keys)) > 1
@@ -116,6 +128,7 @@ def mount(
             tell=page.events.tell,
             ui=config.ui,
             restart=restart,
+            draining=lambda: is_draining(app.state),
         )
     )
     expose(app, page)

@@ -21,9 +21,9 @@ END_TIMEOUT_S = 2.0
 
 
 class KeptEvents:
-    """Made once the engine is up; what was told before is in it. `close` once everything has ended."""
+    """Made before the engine starts, so that what keeps it from starting is in the file. `close` once everything has ended."""
 
-    def __init__(self, page: ControlPage, config: GhostConfig, *, traced: bool) -> None:
+    def __init__(self, page: ControlPage, config: GhostConfig) -> None:
         """UsageError if the file of `--event-log` cannot be opened: later it may fail, but not from the start."""
         self._page = page
         self._file: EventFile | None = None
@@ -36,16 +36,18 @@ class KeptEvents:
         self._followers = [self._follow(lambda records: None, "collector")]
         if self._file is not None:
             self._followers.append(self._follow(self._file.write, "file"))
-        if traced:
-            from opentelemetry import trace
 
-            from ghostserve.events.spans import RecoverySpans
+    def trace(self) -> None:
+        """Spans, too: vLLM has set a tracer up."""
+        from opentelemetry import trace
 
-            self._followers.append(self._follow(RecoverySpans(trace.get_tracer("ghostserve")), "spans"))
+        from ghostserve.events.spans import RecoverySpans
 
-    def close(self, exit_status: int) -> None:
-        """Tell the end, hand everything on, end the threads; bounded."""
-        self._page.events.tell(ServerStopped(exit_status=exit_status))
+        self._followers.append(self._follow(RecoverySpans(trace.get_tracer("ghostserve")), "spans"))
+
+    def close(self, exit_status: int, reason: str = "") -> None:
+        """Tell the end, and why; hand everything on, end the threads; bounded."""
+        self._page.events.tell(ServerStopped(exit_status=exit_status, reason=reason))
         for follower in self._followers:
             follower.close(timeout_s=END_TIMEOUT_S)
         if self._file is not None:

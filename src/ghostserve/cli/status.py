@@ -31,8 +31,9 @@ def rebuilt_line(recovery: Mapping[str, Any]) -> str:
 
 def _server_lines(state: Mapping[str, Any]) -> list[str]:
     phase = f" ({state['phase']})" if state.get("phase") else ""
+    draining = " · draining: no new requests are taken" if state.get("draining") else ""
     return [
-        f"state     {state['state']}{phase} · epoch {state['epoch']}",
+        f"state     {state['state']}{phase}{draining} · epoch {state['epoch']}",
         *([f"          {state['failure']}"] if state.get("failure") else []),
         f"model     {state['model']} · {state['dtype']} · tensor parallel {state['tensor_parallel_size']} · "
         f"blocks of {count_text(state['block_size'], 'token')}",

@@ -42,6 +42,7 @@ class FrameCount:
     frames: int
     wanted: int
     reserve: int
+    needed_bytes: int  # of host memory, for all wanted ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,4 +89,9 @@ def count_frames(limits: GuardLimits, layout: RankLayout, *, ranks: int) -> Fram
             f"{layout.frame_bytes} bytes on {ranks} ranks; give at least "
             f"{fixed + max(4 * ranks, ranks + limits.parity_shards) * layout.frame_bytes} bytes, or use --protection none"
         )
-    return FrameCount(frames=min(wanted, affordable), wanted=wanted, reserve=reserve_frames(ranks))
+    return FrameCount(
+        frames=min(wanted, affordable),
+        wanted=wanted,
+        reserve=reserve_frames(ranks),
+        needed_bytes=fixed + wanted * layout.frame_bytes,
+    )

@@ -17,6 +17,7 @@ from ghostserve.arena.control import ControlPage, Counter
 from ghostserve.arena.frames import FramePool
 from ghostserve.arena.memfd import Segment
 from ghostserve.arena.staging import StagingArea
+from ghostserve.clock import monotonic_s
 from ghostserve.engine.budget import (
     JOBS_IN_FLIGHT_MAX,
     STAGING_RING,
@@ -28,8 +29,9 @@ from ghostserve.engine.budget import (
 from ghostserve.engine.drought import Drought
 from ghostserve.engine.messages import ArenaGeometry, RankLayout
 from ghostserve.engine.request_state import increment_of
+from ghostserve.engine.shortage import Shortage
 from ghostserve.errors import CorruptionError
-from ghostserve.events.kinds import ProtectionLost, ProtectionRegained
+from ghostserve.events.kinds import Event, ProtectionLost, ProtectionRegained
 from ghostserve.shadow.keeper_client import KeeperClient
 from ghostserve.shadow.keeper_messages import Answer, Geometry, ScrubDone, WipeDone
 from ghostserve.shadow.manifest import BlockState, Manifest, ManifestStatistics, Piece
@@ -37,6 +39,8 @@ from ghostserve.shadow.protection import Protection
 from ghostserve.shadow.step_plan import BlockTables
 
 logger = logging.getLogger(__name__)
+
+FULL_BELOW = 8  # free frames per rank: what the coming steps take
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class Guard:
     _staging: StagingArea | None = None
     _keeper: KeeperClient | None = None
     _drought: Drought = field(default_factory=Drought)
+    _shortage: Shortage = field(default_factory=Shortage)
 
     @property
     def manifest(self) -> Manifest | None:
@@ -124,6 +129,7 @@ class Guard:
         self.segments["debug"].resize(self.ranks * first.kv_bytes)
         self._staging = StagingArea(self.segments["staging"], **shape)
         self.page.set(Counter.FRAMES_TOTAL, count.frames)
+        self.page.set(Counter.HOST_NEEDED_BYTES, count.needed_bytes)
         self.page.set(Counter.FRAME_BYTES, first.frame_bytes)
         self._keeper = KeeperClient(self.address, self._on_answer)
         self._keeper.submit(
@@ -299,6 +305,9 @@ class Guard:
             statistics = self.manifest.statistics()
             entries = list(self.manifest.entries.values())
             used = self.manifest.pool.used_count
+            news = self._look_for_shortage(statistics)
+        if news is not None:
+            self.page.events.tell(news)
         size = self.geometry.frame_bytes
         page = self.page
         page.set(Counter.BLOCKS_MIRRORED, statistics.tail_blocks)
@@ -316,6 +325,17 @@ class Guard:
         page.set(Counter.HOST_USED_BYTES, sum(segment.allocated_bytes() for segment in budgeted))
         nbytes = sum(entry.slots * self.manifest.slot_bytes[entry.group] for entry in entries)
         page.set(Counter.KV_BYTES_PROTECTED, nbytes * self.ranks)
+
+    def _look_for_shortage(self, statistics: ManifestStatistics) -> Event | None:
+        """Under the lock. Where protection was given up for an error that was told."""
+        assert self.protection is not None
+        if self.protection.tables is None:
+            return None
+        return self._shortage.look(
+            monotonic_s(),
+            unprotected_blocks=statistics.unprotected_blocks,
+            memory_is_full=self.protection.manifest.pool.free_count < FULL_BELOW * self.ranks,
+        )
 
     def _unprotected_tokens(self, statistics: ManifestStatistics) -> int:
         """Once protection was given up nothing is written down any more: then every block that is in use counts, as full."""

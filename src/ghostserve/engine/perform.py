@@ -370,7 +370,6 @@ class Performer:
         if isinstance(failure, RanksDied | RankSilent):
             self._report.lose(failure, self._executor.workers)
         self._page.add(Counter.FAILURES_TOTAL)
-        self.tally.began()
         self._report.mark(Phase.DETECT, now_s)
         self._executor.status.write()
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from ghostserve.arena.control import ControlPage
+from ghostserve.arena.control import ControlPage, Counter
 from ghostserve.arena.event_rings import EventRings
 from ghostserve.engine import request_events
 from ghostserve.events.kinds import EpochRaised, PhaseFailed, RecoveryEnded, StepFailed
@@ -50,7 +50,7 @@ def _oldest(executor: Any) -> Collection[str]:
 
 
 def tell_end(executor: Any, report: RecoveryReport, outcome: RecoveryOutcome) -> None:
-    """First each request that goes on, then the report: who sees that has seen all of them."""
+    """First each request that goes on, which is counted here, too; then the report: who sees that has seen all of them."""
     logger.warning("%s: %s", _SAID[outcome], report.to_json())
     events, scheduler = executor.session.page.events, executor.session.scheduler
     resumed = 0
@@ -59,6 +59,7 @@ def tell_end(executor: Any, report: RecoveryReport, outcome: RecoveryOutcome) ->
         resumed = request_events.resumed(
             events, scheduler, but=failing, epoch=report.epoch, recovery_ms=report.total_ms
         )
+    executor.session.page.add(Counter.REQUESTS_RESUMED_TOTAL, resumed)
     events.tell(
         RecoveryEnded(
             epoch=report.epoch,

@@ -39,7 +39,7 @@ from ghostserve.arena.control import ControlPage
 from ghostserve.clock import monotonic_s
 from ghostserve.codec.matrix import check_size
 from ghostserve.config import CONFIG_ENV, GhostConfig
-from ghostserve.engine import drain, leftovers, logs
+from ghostserve.engine import drain, leftovers, logs, unix_socket
 from ghostserve.engine.interrupts import felt_at_once
 from ghostserve.engine.limits import refuse_arguments, refuse_other_servers, refuse_unsupported
 from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
@@ -62,6 +62,8 @@ RUN_DIRECTORY_CHARS_MAX = 107 - len("/") - 36  # a Unix socket's path, less vLLM
 Mount = Callable[[Any, ControlPage | None, Namespace, GhostConfig], None]
 # Called before that, with what vLLM is about to build the app from.
 Prepare = Callable[[Namespace, GhostConfig], None]
+# Called once there is a control page, before the engine starts.
+Observe = Callable[[ControlPage, GhostConfig], None]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, GhostConfig]:
@@ -99,7 +101,7 @@ def _spread_config(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def serve(argv: Sequence[str], mount: Mount, prepare: Prepare) -> int:
+def serve(argv: Sequence[str], mount: Mount, prepare: Prepare, observe: Observe) -> int:
     """Serve until told to stop. Returns the exit code; raises UsageError, StartError or EngineLost."""
     arguments, config = parse_arguments(argv)
     configure_logging_from_args(arguments)
@@ -125,6 +127,7 @@ def serve(argv: Sequence[str], mount: Mount, prepare: Prepare) -> int:
             os.environ.setdefault("VLLM_RPC_BASE_PATH", str(directory))
         with KeeperSupervisor() as keeper:
             keeper.control.events.tell(_started(arguments))
+            observe(keeper.control, config)
             keeper.wait_ready(timeout_s=KEEPER_START_S)
             os.environ.update(keeper.environment())
             try:
@@ -243,6 +246,10 @@ class _Server:
 
     async def run(self) -> None:
         """Bind, start the engine, serve."""
+        with unix_socket.owned(self._arguments.uds):
+            await self._run()
+
+    async def _run(self) -> None:
         arguments = self._arguments
         try:
             address, sock = setup_server(arguments, reuse_port=False)

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from ghostserve.arena.control import Counter
 from ghostserve.clock import monotonic_s
 from ghostserve.engine.oom import OomKills
 from ghostserve.engine.ring import RankRaised, RanksDied, RankSilent
@@ -25,7 +24,6 @@ class Tally:
         self._page = executor.session.page
         self._oom = OomKills()
         self._counted: dict[int, int] = {}  # rank -> pid of the last process that was counted as lost
-        self._running: frozenset[str] = frozenset()
 
     def look(self) -> None:
         """Every second or so: so that a death later is not blamed on a lack of memory now."""
@@ -52,15 +50,8 @@ class Tally:
         self._counted[rank] = pid
         return True
 
-    def began(self) -> None:
-        """A recovery begins: who runs now is to go on after it."""
-        with _failing_open():
-            scheduler = self._executor.session.scheduler
-            running = () if scheduler is None else scheduler.running
-            self._running = frozenset(request.request_id for request in running)
-
     def ended(self, report: RecoveryReport, outcome: RecoveryOutcome) -> None:
-        """It is over, good or bad."""
+        """It is over, good or bad. Who goes on after it is counted where it is told (`recovery_events.tell_end`)."""
         with _failing_open():
             ledger = self._page.ledger
             ledger.count_recovery(report.path, outcome)
@@ -68,16 +59,6 @@ class Tally:
             for phase, took_ms in report.phases_ms.items():
                 if took_ms or phase is Phase.DETECT:  # the others did not run
                     ledger.observe(phase, took_ms / 1e3)
-            self._page.add(Counter.REQUESTS_RESUMED_TOTAL, self._resumed(outcome))
-
-    def _resumed(self, outcome: RecoveryOutcome) -> int:
-        scheduler = self._executor.session.scheduler
-        if scheduler is None or outcome is RecoveryOutcome.GIVEN_UP:
-            return 0
-        resumed = self._running & scheduler.requests.keys()
-        if outcome is RecoveryOutcome.STEP_FAILED and self._executor.open_steps:
-            resumed -= self._executor.open_steps[0].sent.num_scheduled_tokens.keys()
-        return len(resumed)
 
 
 @contextlib.contextmanager

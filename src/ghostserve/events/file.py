@@ -2,8 +2,8 @@
 
     events.jsonl   events.jsonl.1   events.jsonl.2 ...      the newest is without a number
 
-A line is whole or not there: what a full disk let through of a batch is cut off again. A file that was moved or removed
-from outside, as logrotate does, is made anew.
+A line is whole or not there: what a full disk let through of a batch is cut off again, and what follows the torn line of
+a writer that died begins on a line of its own. A file that was moved or removed from outside, as logrotate does, is made anew.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class EventFile:
     def __init__(self, path: Path, *, max_bytes: int, files: int) -> None:
         """Open for appending; UsageError if that cannot be."""
         self._path, self._max_bytes, self._files = path, max_bytes, files
+        self._torn = False  # whether the file ends in half a line of somebody else's
         try:
             self._fd = self._open()
         except OSError as error:
@@ -40,13 +41,14 @@ class EventFile:
             self._rotate()
             size = 0
         try:
-            left = memoryview(lines)
+            left = memoryview(b"\n" * self._torn + lines)
             while left:
                 left = left[os.write(self._fd, left) :]
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, size)
             raise
+        self._torn = False
 
     def close(self) -> None:
         """May be called again."""
@@ -55,7 +57,11 @@ class EventFile:
             self._fd = -1
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, _MODE)
+        """A pipe that nobody reads is an error, not something to wait for."""
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, _MODE)
+        os.set_blocking(fd, True)
+        self._torn = _ends_torn(self._path)
+        return fd
 
     def _reopen_if_moved(self) -> None:
         ours = os.fstat(self._fd)
@@ -84,6 +90,20 @@ class EventFile:
         self._fd = fd
 
 
+def _ends_torn(path: Path) -> bool:
+    """Whether the last line of a file lacks its end."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as opened:
+            if opened.seek(0, os.SEEK_END) == 0:
+                return False
+            opened.seek(-1, os.SEEK_END)
+            return opened.read(1) != b"\n"
+    except OSError:  # it may be written to, and not read
+        return False
+
+
 def read_files(path: Path) -> Iterator[Record]:
     """The records of a file and of its rotated predecessors, oldest first; other lines are passed over.
 
@@ -99,7 +119,7 @@ def read_files(path: Path) -> Iterator[Record]:
         for file in [*older, path]:
             with file.open(encoding="utf-8", errors="replace") as lines:
                 for line in lines:
-                    with contextlib.suppress(ValueError):
+                    with contextlib.suppress(ValueError, RecursionError):
                         if (record := record_of(json.loads(line))) is not None:
                             yield record
     except OSError as error:

@@ -60,9 +60,10 @@ class ServerDraining(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStopped(Event):
-    """The server has ended."""
+    """The server has ended, or could not start. `reason`: why, where it was not told to."""
 
     exit_status: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +294,19 @@ class ProtectionLost(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectionRegained(Event):
     """The shadow protects again what comes from here on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvUnprotected(Event):
+    """Some KV has no copy: after a loss it would be computed again. Told at most once a minute."""
+
+    blocks: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvProtected(Event):
+    """All KV has a copy again, and has had for a while."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

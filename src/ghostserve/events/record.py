@@ -59,7 +59,7 @@ def record_of(doc: Mapping[str, Any]) -> Record | None:
         values = {**doc["data"], "rank": doc["rank"], "request": doc["request"]}
         seq, at_s = int(doc["seq"]), at_seconds(doc["at"])
         event = event_of(doc["kind"], values)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"no event record: {type(error).__name__} {error}") from None
     return None if event is None else Record(seq, at_s, event)
 

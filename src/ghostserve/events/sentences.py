@@ -65,7 +65,7 @@ def _(event: kinds.ServerDraining) -> str:
 
 @_sentence.register
 def _(event: kinds.ServerStopped) -> str:
-    return f"the server ended with exit status {event.exit_status}"
+    return f"the server ended with exit status {event.exit_status}{event.reason and ': '}{event.reason}"
 
 
 @_sentence.register
@@ -236,6 +236,16 @@ def _(event: kinds.ProtectionLost) -> str:
 @_sentence.register
 def _(event: kinds.ProtectionRegained) -> str:
     return "protection is on again for what comes from here on"
+
+
+@_sentence.register
+def _(event: kinds.KvUnprotected) -> str:
+    return f"{count(event.blocks, 'KV block')} would be computed again after a loss: {event.reason}"
+
+
+@_sentence.register
+def _(_event: kinds.KvProtected) -> str:
+    return "all KV is protected again"
 
 
 @_sentence.register

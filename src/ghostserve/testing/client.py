@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from ghostserve.clock import monotonic_s
-from ghostserve.web.admin import auth_headers, error_sentence
+from ghostserve.web.admin import NO_TLS, Tls, auth_headers, error_sentence
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -83,22 +83,26 @@ class _StreamError(Exception):
 
 
 @functools.cache
-def _tls(cacert: str | None) -> ssl.SSLContext:
+def _context(tls: Tls) -> ssl.SSLContext:
     """Reading the certificates can take a second."""
-    return ssl.create_default_context(cafile=cacert)
+    return tls.context()
 
 
-def _connect(base_url: str, api_key: str | None, limits: httpx.Timeout, cacert: str | None) -> httpx.Client:
+def _connect(base_url: str, api_key: str | None, limits: httpx.Timeout, tls: Tls) -> httpx.Client:
     return httpx.Client(
-        base_url=base_url, headers=auth_headers(api_key), timeout=limits, trust_env=False, verify=_tls(cacert)
+        base_url=base_url,
+        headers=auth_headers(api_key),
+        timeout=limits,
+        trust_env=False,
+        verify=_context(tls),
     )
 
 
 def first_model(
-    base_url: str, *, api_key: str | None = None, cacert: str | None = None, timeout_s: float = 10.0
+    base_url: str, *, api_key: str | None = None, tls: Tls = NO_TLS, timeout_s: float = 10.0
 ) -> str:
     """The name of the first model that the server offers; raises httpx.HTTPError."""
-    with _connect(base_url, api_key, httpx.Timeout(timeout_s), cacert) as http:
+    with _connect(base_url, api_key, httpx.Timeout(timeout_s), tls) as http:
         answer = http.get("/v1/models").raise_for_status()
     return str(answer.json()["data"][0]["id"])
 
@@ -134,7 +138,7 @@ def stream_completion(
     on_token: TokenCallback | None = None,
     timeout_s: float = 120.0,
     api_key: str | None = None,
-    cacert: str | None = None,
+    tls: Tls = NO_TLS,
     extra: Mapping[str, Any] | None = None,
 ) -> StreamResult:
     """Stream one completion and return all of it; blocks until it ends.
@@ -158,9 +162,9 @@ def stream_completion(
     limits = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
     deadline_s = monotonic_s() + timeout_s
     try:
-        body["model"] = model or first_model(base_url, api_key=api_key, cacert=cacert)
+        body["model"] = model or first_model(base_url, api_key=api_key, tls=tls)
         with (
-            _connect(base_url, api_key, limits, cacert) as http,
+            _connect(base_url, api_key, limits, tls) as http,
             http.stream("POST", "/v1/completions", json=body) as answer,
         ):
             if answer.is_error:

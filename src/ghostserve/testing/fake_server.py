@@ -20,6 +20,7 @@ from ghostserve.clock import monotonic_s
 from ghostserve.testing.fake_drain import run_until_told
 from ghostserve.testing.fake_engine import FakeEngine
 from ghostserve.web.access import MIDDLEWARES, Access, set_access
+from ghostserve.web.draining import is_draining
 from ghostserve.web.health import add_health_routes
 from ghostserve.web.health_state import Limits
 from ghostserve.web.metrics import PageCollector
@@ -80,6 +81,7 @@ def build_app(
             tell=engine.events.tell,
             ui=ui,
             restart=FakeRestart(restart_s),
+            draining=lambda: is_draining(app.state),
         )
     )
 
@@ -114,6 +116,8 @@ def main() -> None:
     parser.add_argument("--admin-api-key")
     parser.add_argument("--ssl-certfile")
     parser.add_argument("--ssl-keyfile")
+    parser.add_argument("--ssl-ca-certs")
+    parser.add_argument("--ssl-cert-reqs", type=int, default=0)
     parser.add_argument("--token-s", type=float, default=0.012)
     parser.add_argument("--outage-s", type=float, default=1.2)
     parser.add_argument("--exit-code-at-loss", type=int)
@@ -145,6 +149,8 @@ def main() -> None:
             timeout_graceful_shutdown=2,
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
+            ssl_ca_certs=options.ssl_ca_certs,
+            ssl_cert_reqs=options.ssl_cert_reqs,
         )
         run_until_told(config, app, engine, shutdown_timeout_s=options.shutdown_timeout)
     finally:

@@ -21,7 +21,7 @@ import httpx
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import GhostserveError, StartError
 from ghostserve.testing.leaks import Leaks, NamesBefore, ProcessMark, family_of, session_of
-from ghostserve.web.admin import AdminClient, Tls
+from ghostserve.web.admin import NO_TLS, AdminClient, Tls
 
 OFFLINE_ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -78,7 +78,7 @@ class ServerProcess:
 
     `command` is completed by `--host` and `--port`; its output goes to `server-PORT.log` in `log_dir`, or to
     `log_file`. `env` is laid over the caller's environment, less NOT_INHERITED, and OFFLINE_ENV; `whole_env` is all that it
-    gets. `cacert`: the server speaks TLS, with a certificate that this file vouches for.
+    gets. `tls`: the server speaks TLS, with a certificate that its `cacert` vouches for.
     """
 
     def __init__(
@@ -92,15 +92,14 @@ class ServerProcess:
         whole_env: Mapping[str, str] | None = None,
         api_key: str | None = None,
         admin_key: str | None = None,
-        cacert: str | None = None,
+        tls: Tls = NO_TLS,
     ) -> None:
         self.port = port or free_port()
-        self.base_url = f"{'http' if cacert is None else 'https'}://{HOST}:{self.port}"
+        self.base_url = f"{'https' if tls.given else 'http'}://{HOST}:{self.port}"
         self.log_file = log_file or log_dir / f"server-{self.port}.log"
         self.api_key = api_key
-        tls = Tls(cacert=cacert)
         self.admin = AdminClient(self.base_url, api_key=api_key, admin_key=admin_key, tls=tls)
-        self._verify: ssl.SSLContext | bool = True if cacert is None else tls.context()
+        self._verify: ssl.SSLContext | bool = tls.context() if tls.given else True
         self.exit_code: int | None = None
         self._command = [*command, "--host", HOST, "--port", str(self.port)]
         self._env = server_environment(os.environ, env or {}) if whole_env is None else dict(whole_env)

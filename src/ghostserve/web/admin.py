@@ -67,7 +67,10 @@ class Tls:
     @property
     def given(self) -> bool:
         """Whether anything differs from what httpx does by itself."""
-        return self != Tls()
+        return self != NO_TLS
+
+
+NO_TLS = Tls()
 
 
 def _no_password() -> str:
@@ -106,6 +109,8 @@ class AdminClient:
             if key:
                 demand_sendable_key(key)
         self.url = url.rstrip("/")
+        # Some servers say so, others close the connection.
+        self._may_want_a_cert = self.url.lower().startswith("https") and (tls is None or tls.cert is None)
         self._admin_headers = auth_headers(admin_key)
         # Set up once, so that a kill is not late; no connection is kept, so that none is found stale.
         self._http = httpx.Client(
@@ -178,14 +183,22 @@ class AdminClient:
             tls = _tls_failure(error)
             if tls is not None:
                 raise GhostserveError(
-                    f"no TLS connection to {self.url}: {tls}; check its certificate (--cacert), and whether it is http"
+                    f"no TLS connection to {self.url}: {tls}; {self._tls_remedy(tls)}"
                 ) from error
             raise GhostserveError(
                 f"no server answers at {self.url} ({type(error).__name__}); start one with "
                 "'ghostserve serve MODEL', or name its address with --url"
+                + ("; if it wants a client certificate, give it with --cert" if self._may_want_a_cert else "")
             ) from error
         self._refuse(answer)
         return _as_object(answer)
+
+    def _tls_remedy(self, failure: str) -> str:
+        if "CERTIFICATE_REQUIRED" in failure and self._may_want_a_cert:
+            return "it wants a client certificate: give it with --cert, and its private key with --key"
+        if "ALERT" in failure:
+            return "it does not accept our certificate: check --cert"
+        return "check its certificate (--cacert), and whether it is http"
 
     def _refuse(self, answer: httpx.Response) -> None:
         """Raise what an answer with an error means."""

@@ -32,6 +32,12 @@ class Work(Protocol):
         """A context manager around a request."""
 
 
+def is_draining(app_state: Any) -> bool:
+    """Whether the server of this app was told to end."""
+    drain: Work | None = getattr(app_state, STATE_NAME, None)
+    return drain is not None and drain.begun
+
+
 class Entrance:
     """Outermost middleware of ours; does nothing where the app has no drain."""
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 0.2
 LAST_WORD_S = 0.2
@@ -54,7 +57,11 @@ class EventStream(Response):
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, Exception) and not isinstance(
+                    outcome, OSError
+                ):  # a client that is gone
+                    logger.error("a stream of events broke off", exc_info=outcome)
         with contextlib.suppress(TimeoutError, OSError):
             last = {"type": "http.response.body", "body": b"", "more_body": False}
             await asyncio.wait_for(send(last), LAST_WORD_S)

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response, params
-from fastapi.responses import StreamingResponse
 
 from ghostserve.clock import monotonic_s
 from ghostserve.events.log import EventLog, Excerpt
 from ghostserve.events.record import Record
-from ghostserve.web.event_stream import is_ending
+from ghostserve.web.event_stream import HEARTBEAT, EventStream
 
 LIMIT, LIMIT_MAX = 100, 1000
 SEQ_MAX = (1 << 53) - 1  # what a JSON number holds exactly everywhere
@@ -30,7 +29,7 @@ POLL_S = 0.1
 HEARTBEAT_S = 15.0  # below the 30 to 60 s after which proxies take a silent connection for dead
 FOLLOWERS_MAX = 64
 _RETRY_MS = 1000
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_NO_STORE = {"Cache-Control": "no-store"}
 
 
 class _Followers:
@@ -51,7 +50,7 @@ def add_events(router: APIRouter, log: EventLog, *, dependencies: Sequence[param
         after: Annotated[int | None, Query(ge=0, le=SEQ_MAX)] = None,
         limit: Annotated[int, Query(ge=1, le=LIMIT_MAX)] = LIMIT,
         follow: bool = False,
-    ) -> dict[str, Any] | StreamingResponse:
+    ) -> dict[str, Any] | EventStream:
         if follow or "text/event-stream" in request.headers.get("accept", ""):
             if followers.open >= FOLLOWERS_MAX:
                 raise HTTPException(
@@ -59,9 +58,8 @@ def add_events(router: APIRouter, log: EventLog, *, dependencies: Sequence[param
                 )
             place = _last_event_id(request)
             first = _excerpt(log, after if place is None else place, limit)
-            stream = _stream(log, first, followers, stopping=lambda: is_ending(request))
-            return StreamingResponse(stream, media_type="text/event-stream", headers=_HEADERS)
-        response.headers.update(_HEADERS)
+            return EventStream(_stream(log, first, followers), request)
+        response.headers.update(_NO_STORE)
         excerpt = _excerpt(log, after, limit)
         return {
             "events": [record.as_dict() for record in excerpt.records],
@@ -80,21 +78,19 @@ def _last_event_id(request: Request) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(SEQ_MAX)) else None
 
 
-async def _stream(
-    log: EventLog, first: Excerpt, followers: _Followers, *, stopping: Callable[[], bool]
-) -> AsyncIterator[str]:
-    """Until the client leaves or the server ends."""
+async def _stream(log: EventLog, first: Excerpt, followers: _Followers) -> AsyncGenerator[bytes]:
+    """Without end; `EventStream` ends it with the client or the server."""
     followers.open += 1
     try:
-        yield f"retry: {_RETRY_MS}\n\n"
+        yield f"retry: {_RETRY_MS}\n\n".encode()
         excerpt, silent_since_s = first, monotonic_s()
-        while not stopping():
+        while True:
             if excerpt.records:
                 silent_since_s = monotonic_s()
-                yield "".join(map(_as_sse, excerpt.records))
+                yield b"".join(map(_as_sse, excerpt.records))
             elif monotonic_s() - silent_since_s >= HEARTBEAT_S:
                 silent_since_s = monotonic_s()
-                yield ": heartbeat\n\n"
+                yield HEARTBEAT
             else:
                 await asyncio.sleep(POLL_S)
             excerpt = log.after(excerpt.next, limit=LIMIT_MAX)
@@ -102,6 +98,6 @@ async def _stream(
         followers.open -= 1
 
 
-def _as_sse(record: Record) -> str:
+def _as_sse(record: Record) -> bytes:
     data = json.dumps(record.as_dict(), separators=(",", ":"))
-    return f"id: {record.seq}\nevent: {record.event.kind}\ndata: {data}\n\n"
+    return f"id: {record.seq}\nevent: {record.event.kind}\ndata: {data}\n\n".encode()

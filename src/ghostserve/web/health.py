@@ -20,12 +20,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 
 from ghostserve.clock import monotonic_s, wall_s
-from ghostserve.engine.drain import STATE_NAME
-from ghostserve.web.draining import OBSERVER_NAME
+from ghostserve.web.draining import OBSERVER_NAME, is_draining
 from ghostserve.web.health_state import Facts, Limits, Quiet, Recovery, Verdict, judge
 from ghostserve.web.security import AccessPolicy, guard
 
 GENERATE_DEFAULT_S, GENERATE_MAX_S = 20.0, 60.0
+PROBE_METHODS = ["GET", "HEAD"]  # some load balancers send HEAD unless told otherwise
 _NO_STORE = {"Cache-Control": "no-store"}
 
 Generate = Callable[[Any], Awaitable[None]]
@@ -64,11 +64,10 @@ class Health:
     def facts(self) -> Facts:
         """As they are now."""
         now_s, last_step_s = monotonic_s(), self._page.last_step_s
-        drain = getattr(self._app_state, STATE_NAME, None)
         return Facts(
             document=self._page.read_state(),
             engine_dead=self.engine is not None and bool(self.engine.errored),
-            draining=drain is not None and drain.begun,
+            draining=is_draining(self._app_state),
             running=self._running(),
             quiet_s=self.observe(),
             last_token_age_s=None if last_step_s is None else max(0.0, now_s - last_step_s),
@@ -160,15 +159,15 @@ def build_router(health: Health, *, generate: Generate, api_keys: Sequence[str])
         facts, verdict = health.look()
         return JSONResponse(body_of(facts, verdict), 200 if ok(verdict) else 503, _NO_STORE)
 
-    @router.get("/livez")
+    @router.api_route("/livez", methods=PROBE_METHODS)
     async def livez() -> JSONResponse:
         return answer(lambda _verdict: True)
 
-    @router.get("/readyz")
+    @router.api_route("/readyz", methods=PROBE_METHODS)
     async def readyz() -> JSONResponse:
         return answer(lambda verdict: verdict.ready)
 
-    @router.get("/health")
+    @router.api_route("/health", methods=PROBE_METHODS)
     async def health_route() -> JSONResponse:
         return answer(lambda verdict: verdict.healthy)
 

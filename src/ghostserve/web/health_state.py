@@ -5,7 +5,8 @@ starting   |  200   |   503   |  503      not served yet
 serving    |  200   |   200   |  200
 recovering |  200   |   200   |  200, and 503 once it lasts longer than `ready_while_recovering_s`
 draining   |  200   |   200   |  503      nothing new is taken; restarting it would cut what is open
-stalled    |  200   |   503   |  503      requests wait, and nothing happened for `stall_timeout_s`
+stalled    |  200   |   503   |  503      for `stall_timeout_s` requests wait and nothing happened, or the engine core
+           |        |         |           wrote no state, which it does every two seconds: it hangs, though nobody asks it yet
 failed     |  200   |   503   |  503      the engine is gone; the process ends by itself
 
 Why a recovery counts as ready: it is over in about a second, sooner than one period of a probe, and requests that arrive
@@ -31,7 +32,9 @@ class HealthState(Enum):
     SERVING = "serving"
     RECOVERING = "recovering"  # a lost worker is being replaced; open requests wait
     DRAINING = "draining"  # told to end: open requests are finished, new ones refused
-    STALLED = "stalled"  # requests wait, and no step was accepted for too long
+    STALLED = (
+        "stalled"  # for too long no step was accepted though requests wait, or the engine core wrote nothing
+    )
     FAILED = "failed"
 
 
@@ -88,6 +91,11 @@ def judge(facts: Facts, limits: Limits) -> Verdict:
     if facts.running and facts.quiet_s > limits.stall_timeout_s:
         reason = f"{facts.running} requests wait, and for {facts.quiet_s:.0f} s no step was accepted"
         return _unwell(HealthState.STALLED, reason, recovery)
+    silent_s = facts.now_s - document.get("written_at_s", facts.now_s)
+    if silent_s > limits.stall_timeout_s:
+        return _unwell(
+            HealthState.STALLED, f"the engine core has written nothing for {silent_s:.0f} s", recovery
+        )
     if facts.draining:
         return Verdict(
             state=HealthState.DRAINING,

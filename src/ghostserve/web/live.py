@@ -74,6 +74,7 @@ class Live:
         self.urgent = (
             document["state"],
             document.get("phase"),
+            document.get("draining"),
             document["epoch"],
             ranks,
             requests_open,

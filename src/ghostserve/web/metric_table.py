@@ -15,6 +15,7 @@ from ghostserve.arena.ledger import Histogram, Ledger
 from ghostserve.types import FailureKind, Phase, RecoveryOutcome, RecoveryPath, ServerState
 
 WORKER_STATES = ("starting", "alive", "slow", "suspect", "lost")
+DRAINING = "draining"  # the engine does not know of it, and may recover meanwhile
 PATHS = (RecoveryPath.REBUILD, RecoveryPath.RECOMPUTE)  # a restart ends the process, and its metrics with it
 
 Value = float | Histogram
@@ -30,6 +31,7 @@ class Snapshot:
     ledger: Ledger
     keeper_pid: int | None
     keeper_given_up: bool
+    draining: bool
     now_s: float
 
     @property
@@ -70,8 +72,10 @@ def _info(page: Snapshot) -> Series:
 
 def _server_states(page: Snapshot) -> Series:
     now = page.state.get("state", ServerState.STARTING.value)
-    for state in ServerState:
-        yield (state.value,), float(state.value == now)
+    if page.draining and now == ServerState.SERVING.value:
+        now = DRAINING
+    for state in (*(state.value for state in ServerState), DRAINING):
+        yield (state,), float(state == now)
 
 
 def worker_state(rank: Mapping[str, Any]) -> str:
@@ -148,7 +152,7 @@ METRICS: tuple[Metric, ...] = (
            _phases, ("phase",)),
     Metric("ghostserve_outage_seconds", "histogram", "Time of each whole recovery, from the loss being noticed to the step having run again.",
            lambda page: [((), page.ledger.histogram(None))]),
-    Metric("ghostserve_requests_resumed_total", "counter", "Requests that ran when a recovery began and went on after it.",
+    Metric("ghostserve_requests_resumed_total", "counter", "Requests that waited for a recovery, running or queued, and went on after it.",
            _counted("requests_resumed_total")),
     Metric("ghostserve_requests_recomputed_total", "counter", "Requests whose context was computed again from their tokens.",
            _counted("requests_recomputed_total")),
@@ -172,6 +176,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("ghostserve_mirror_bytes", "gauge", "Host memory that holds mirrors.", _counted("mirror_bytes")),
     Metric("ghostserve_host_budget_bytes", "gauge", "Host memory that protection may use (--host-memory).",
            _plain(lambda page: page.shadow.get("budget_bytes"))),
+    Metric("ghostserve_host_needed_bytes", "gauge", "Host memory that full protection of the whole KV cache takes at most.",
+           _counted("host_needed_bytes")),
     Metric("ghostserve_host_used_bytes", "gauge", "Host memory behind the arena now: parity, mirrors, staging, and frames that wait to be wiped.",
            _counted("host_used_bytes")),
     Metric("ghostserve_encode_bytes_total", "counter", "KV that the keeper has encoded.", _counted("encode_bytes_total")),

@@ -1,8 +1,8 @@
 """Our routes: status, kill, faults, switches, and the live page. Reads and writes the control page only.
 
 Nothing here waits for the engine, so every route answers during an outage. The state document is written by
-the engine core and passed on as it is; the only things added are the page's counters and whether faults may
-be injected.
+the engine core and passed on as it is; the only things added are the page's counters, whether the server drains and
+whether faults may be injected.
 
     GET  /ghostserve/status    the state document                  key, or loopback
     GET  /ghostserve/events    what has happened (events_route.py) the same
@@ -125,6 +125,7 @@ def build_router(
     tell: Callable[[Event], object] = lambda event: None,
     ui: bool = False,
     restart: RestartCost | None = None,
+    draining: Callable[[], bool] = lambda: False,
 ) -> APIRouter:
     """The router to mount on the server's app. Injected faults are told to `tell`.
 
@@ -132,7 +133,7 @@ def build_router(
     With `admin_key`, fault injection wants that one, which then opens our other routes as well.
     `bound_host` is the value of `--host`, accepted in the Host header beside the loopback names.
     `in_schema` has the app's OpenAPI document name our routes, for tests. `ui`: with the page. `restart` measures what
-    a restart costs, where that is possible.
+    a restart costs, where that is possible. `draining`: whether the server was told to end, which the engine does not know.
     """
     keys = (*api_keys, *([admin_key] if admin_key and api_keys else []))
     strangers_out = Depends(guard(AccessPolicy(api_keys=keys, bound_host=bound_host)))
@@ -140,7 +141,7 @@ def build_router(
     if admin_key:
         injectors = AccessPolicy(api_keys=(admin_key,), bound_host=bound_host, key_name="admin key")
     router = APIRouter(include_in_schema=in_schema, route_class=OneSentenceRoute)
-    document = _document_of(page, fault_injection=fault_injection, restart=restart)
+    document = _document_of(page, fault_injection=fault_injection, restart=restart, draining=draining)
     _add_status(router, document, dependencies=[strangers_out])
     add_live(router, page, document, dependencies=[strangers_out])
     if events is not None:
@@ -159,7 +160,7 @@ def build_router(
 
 
 def _document_of(
-    page: Page, *, fault_injection: bool, restart: RestartCost | None
+    page: Page, *, fault_injection: bool, restart: RestartCost | None, draining: Callable[[], bool]
 ) -> Callable[[], dict[str, Any]]:
     """What `/ghostserve/status` answers; raises 503 while there is nothing to tell."""
 
@@ -167,6 +168,7 @@ def _document_of(
         state = _state_of(page)
         return {
             **state,
+            "draining": draining(),
             "counters": dict(page.counters()),
             "fault_injection": fault_injection,
             **(_injections(page) if fault_injection else {}),
