@@ -21,7 +21,7 @@ import pytest
 
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.testing.client import StreamResult
-from real import kit
+from real import kit, test_hangs
 from real.kit import Ask, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
@@ -182,6 +182,26 @@ def test_an_engine_that_hangs(served: kit.Served, http: httpx.Client) -> None:
     assert wait_for(http, "/health", lambda answer: answer.status_code == 200)["state"] == "serving"
     assert_same(reference, stream.wait())
     assert served.recoveries() == before, "nobody was taken for hung while the one who judges was"
+
+
+def test_a_slow_rank_is_shown_and_kept(served: kit.Served) -> None:
+    """It holds everybody up, and makes progress: a state, not a loss. Here, where a starved step made six times longer is no hang."""
+    ask, seen = STRUCK, set()
+    reference, before, pid = served.reference(ask), served.recoveries(), test_hangs.pid_of(served, 1)
+
+    def look() -> None:
+        test_hangs.slow_down(served, 1)
+        status = served.server.wait_status(
+            lambda status: status["ranks"][1]["health"] == "slow", timeout_s=30, what="a slow rank"
+        )
+        seen.add(status["ranks"][1]["health_reason"])
+        assert status["ranks"][0]["health"] != "slow"
+        served.server.admin.disarm_faults()
+
+    assert_same(reference, test_hangs.run_open(served, ask, kit.Hurt(40, look)))
+    assert any("ms of work per step" in reason for reason in seen)
+    assert served.recoveries() == before
+    assert test_hangs.pid_of(served, 1) == pid
 
 
 def test_drain(served: kit.Served, http: httpx.Client) -> None:
