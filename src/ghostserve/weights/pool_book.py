@@ -39,8 +39,8 @@ PINS_MAX = 1000
 class PoolBook:
     """All entries of one holder. Clients and entries are numbers that are never used twice."""
 
-    def __init__(self, *, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
+    def __init__(self, *, budget_bytes: int, began_s: float = 0.0) -> None:
+        self.budget_bytes, self.began_s = budget_bytes, began_s
         self.age = 0.0
         self.counts = {kind: Counts() for kind in ImageKind}
         self.refusals = dict.fromkeys(Refusal, 0)
@@ -193,6 +193,7 @@ class PoolBook:
         """The numbers for people and for metrics."""
         entries = list(self._entries.values())
         return PoolStats(
+            began_s=self.began_s,
             budget_bytes=self.budget_bytes,
             used_bytes=self.used_bytes,
             referenced_bytes=sum(one.charged_bytes for one in entries if one.busy),

@@ -132,6 +132,7 @@ class EntryInfo:
 class PoolStats:
     """The pool in numbers."""
 
+    began_s: float  # when the holder started (monotonic, of this machine): another one counts anew
     budget_bytes: int
     used_bytes: int  # what entries are charged, those being filled included
     referenced_bytes: int
