@@ -138,16 +138,15 @@ def test_a_key_means_one_thing(desk: Desk, other: Image) -> None:
 
 
 def test_the_least_valuable_makes_room(desk: Desk) -> None:
-    desk.book.set_budget(2 * UNIT)
+    desk.book.set_budget(2 * UNIT, now_s=99.0)
     desk.put(1, image("cheap", cost_s=1.0))
     desk.put(2, image("costly", cost_s=9.0))
     assert desk.open(3, image("new")) == [Free(entry=1), GiveLease(client=3, entry=3)]
-    assert desk.book.age > 0
     assert desk.book.counts[ImageKind.RANK].evictions == 1
 
 
 def test_what_is_used_filled_or_pinned_is_not_evicted(desk: Desk) -> None:
-    desk.book.set_budget(3 * UNIT)
+    desk.book.set_budget(3 * UNIT, now_s=99.0)
     desk.put(1, image("pinned"))
     desk.book.pin("model-pinned")
     desk.put(2, image("used"))
@@ -215,7 +214,7 @@ def test_memory_that_cannot_be_had_refuses_the_lease_and_its_followers(desk: Des
 
 
 def test_meta_is_charged_and_refused_where_it_does_not_fit(desk: Desk) -> None:
-    desk.book.set_budget(UNIT + 100)
+    desk.book.set_budget(UNIT + 100, now_s=99.0)
     desk.open(1, image("a"))
     desk.open(2, image("a"))
     free, *refusals = desk.publish(1, meta_bytes=101)
@@ -230,10 +229,10 @@ def test_a_smaller_budget_evicts_what_may_go(desk: Desk) -> None:
     desk.put(1, image("a"))
     desk.put(2, image("b"))
     desk.open(3, image("b"))
-    assert desk.book.set_budget(0) == [Free(entry=1)]
+    assert desk.book.set_budget(0, now_s=99.0) == [Free(entry=1)]
     assert desk.names() == ["b"]
     assert desk.leave(3) == [Free(entry=2)], "and the rest as soon as it may"
-    assert desk.book.set_budget(10 * UNIT) == []
+    assert desk.book.set_budget(10 * UNIT, now_s=99.0) == []
 
 
 # ---- file images -----------------------------------------------------------------------------------------------------
@@ -267,7 +266,7 @@ def test_only_a_pin_of_its_own_keeps_a_file_image(desk: Desk, pin: str, kept: bo
     desk.put(2, image("r", label="m"))
     assert ("f" in desk.names()) is kept
     if kept:
-        assert desk.book.unpin(pin) == (True, [Free(entry=1)])
+        assert desk.book.unpin(pin, now_s=99.0) == (True, [Free(entry=1)])
 
 
 def test_where_nobody_makes_a_rank_image_file_images_stay(desk: Desk) -> None:
@@ -287,8 +286,8 @@ def test_a_pin_holds_for_what_is_to_come_and_keeps_the_holder(desk: Desk) -> Non
     desk.put(1, image("a", label="m"))
     assert [entry.pinned for entry in desk.book.entries()] == [True]
     assert desk.book.pin("m") == 1
-    assert desk.book.unpin("m") == (True, [])
-    assert desk.book.unpin("m") == (False, [])
+    assert desk.book.unpin("m", now_s=99.0) == (True, [])
+    assert desk.book.unpin("m", now_s=99.0) == (False, [])
     assert desk.book.idle
 
 
@@ -412,7 +411,7 @@ class Anything(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(("m-True", "m-False", "a-rank-False")))
     def unpin(self, name: str) -> None:
-        self.perform(self.desk.book.unpin(name)[1])
+        self.perform(self.desk.book.unpin(name, now_s=99.0)[1])
 
     @rule(name=st.sampled_from(("m-True", "m-False", "b-file-True")))
     def drop(self, name: str) -> None:
@@ -420,7 +419,7 @@ class Anything(RuleBasedStateMachine):
 
     @rule(units=st.integers(0, 6))
     def budget(self, units: int) -> None:
-        self.perform(self.desk.book.set_budget(units * UNIT))
+        self.perform(self.desk.book.set_budget(units * UNIT, now_s=99.0))
 
     @invariant()
     def holds(self) -> None:

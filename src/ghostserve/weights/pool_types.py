@@ -125,7 +125,7 @@ class EntryInfo:
     pinned: bool
     uses: int
     made_s: float  # monotonic, of this machine
-    used_s: float
+    used_s: float  # when its last user came or went
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
