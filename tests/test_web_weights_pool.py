@@ -1,4 +1,4 @@
-"""The pool's numbers in the status and in /metrics: there from the start, and nobody waits for them."""
+"""The pool's numbers in /metrics: there from the start, and nobody waits for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage
 from ghostserve.arena.memfd import Segment
-from ghostserve.cli.status import _weights_lines
 from ghostserve.web.metrics import PageCollector
 from ghostserve.web.weights_pool import PoolReading, PoolWatch, after
 from ghostserve.weights.pool import Lease, Pool
@@ -84,38 +83,31 @@ def test_metrics_with_and_without_a_holder(page: ControlPage) -> None:
         assert without.get(f"weights_pool_{name}", **labels) == 0, name
 
 
-def test_the_status_says_it_in_two_lines() -> None:
-    assert _weights_lines(PoolReading().document()) == [
-        "weights   no pool in host memory: loads read the disk"
-    ]
-    first, second = _weights_lines(after(PoolReading(), stats(hits=1, refused=1), None).document())
-    assert first.startswith(
-        "weights   30 B of 100 B in host memory: 20 B of ranks, 10 B of files · 20 B in use, 10 B pinned"
-    )
-    assert second.strip() == "1 hit, 1 missed · 0 evicted, 0 abandoned, 4 refused"
-
-
 def test_a_real_holder_is_watched_while_it_comes_goes_and_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Place(tmp_path / "run")
     monkeypatch.setenv(RUNTIME_DIR_ENV, str(place.directory))
     watch = PoolWatch(period_s=0.01)
+
+    def misses() -> int:
+        return watch.reading.counts[ImageKind.RANK].misses
+
     try:
-        assert watch.reading.document()["up"] is False
+        assert watch.reading.stats is None
         pool = place.pool()
         lease = pool.open("k", MIB, kind="rank", label="m", reload_cost_s=1.0)
         assert isinstance(lease, Lease)
-        eventually(lambda: watch.reading.document().get("rank_bytes", 0) > MIB)
+        eventually(lambda: watch.reading.stats and watch.reading.stats.bytes[ImageKind.RANK] > MIB)
         with place.stopped():
             eventually(lambda: watch.reading.stats is None)
-            assert watch.reading.document()["misses_total"] == 1
+            assert misses() == 1
         eventually(lambda: watch.reading.stats is not None)
         lease.close()
         place.kill()
         eventually(lambda: watch.reading.stats is None)
         with place.pool().open("k", MIB, kind="rank", label="m", reload_cost_s=1.0):  # type: ignore[union-attr]
-            eventually(lambda: watch.reading.document()["misses_total"] == 2)
+            eventually(lambda: misses() == 2)
     finally:
         watch.close()
         place.close()

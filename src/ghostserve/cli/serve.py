@@ -118,7 +118,6 @@ def mount(
             tell=page.events.tell,
             ui=config.ui,
             restart=restart,
-            weights_pool=lambda: pool.reading,
         )
     )
     expose(app, page, lambda: pool.reading)

@@ -93,19 +93,6 @@ def _scrub_lines(scrub: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _weights_lines(pool: Mapping[str, Any]) -> list[str]:
-    """The pool of weights in host memory, which all servers of this user share."""
-    if not pool["up"]:
-        return ["weights   no pool in host memory: loads read the disk"]
-    return [
-        f"weights   {bytes_text(pool['used_bytes'])} of {bytes_text(pool['budget_bytes'])} in host memory: "
-        f"{bytes_text(pool['rank_bytes'])} of ranks, {bytes_text(pool['file_bytes'])} of files · "
-        f"{bytes_text(pool['referenced_bytes'])} in use, {bytes_text(pool['pinned_bytes'])} pinned",
-        f"          {count_text(pool['hits_total'], 'hit')}, {pool['misses_total']} missed · "
-        f"{pool['evictions_total']} evicted, {pool['abandoned_total']} abandoned, {pool['refusals_total']} refused",
-    ]
-
-
 def _recovery_lines(state: Mapping[str, Any]) -> list[str]:
     total, last = state["recoveries_total"], state.get("last_recovery")
     if not last:
@@ -128,7 +115,6 @@ def render(state: Mapping[str, Any]) -> str:
         _rank_lines(state),
         _shadow_lines(state["shadow"]),
         *([_scrub_lines(state["scrub"])] if "scrub" in state else []),
-        *([_weights_lines(state["weights_pool"])] if "weights_pool" in state else []),
         _recovery_lines(state),
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks)

@@ -38,7 +38,6 @@ from ghostserve.web.restart import RestartCost, add_restart
 from ghostserve.web.schema import FAULT, KILL, SWITCHES, documented
 from ghostserve.web.security import AccessPolicy, guard
 from ghostserve.web.ui import add_ui
-from ghostserve.web.weights_pool import PoolReading
 
 _NO_STORE = {"Cache-Control": "no-store"}
 
@@ -126,7 +125,6 @@ def build_router(
     tell: Callable[[Event], object] = lambda event: None,
     ui: bool = False,
     restart: RestartCost | None = None,
-    weights_pool: Callable[[], PoolReading] | None = None,
 ) -> APIRouter:
     """The router to mount on the server's app. Injected faults are told to `tell`.
 
@@ -134,7 +132,7 @@ def build_router(
     With `admin_key`, fault injection wants that one, which then opens our other routes as well.
     `bound_host` is the value of `--host`, accepted in the Host header beside the loopback names.
     `in_schema` has the app's OpenAPI document name our routes, for tests. `ui`: with the page. `restart` measures what
-    a restart costs, where that is possible. `weights_pool`: the pool's numbers.
+    a restart costs, where that is possible.
     """
     keys = (*api_keys, *([admin_key] if admin_key and api_keys else []))
     strangers_out = Depends(guard(AccessPolicy(api_keys=keys, bound_host=bound_host)))
@@ -142,7 +140,7 @@ def build_router(
     if admin_key:
         injectors = AccessPolicy(api_keys=(admin_key,), bound_host=bound_host, key_name="admin key")
     router = APIRouter(include_in_schema=in_schema, route_class=OneSentenceRoute)
-    document = _document_of(page, fault_injection=fault_injection, restart=restart, weights_pool=weights_pool)
+    document = _document_of(page, fault_injection=fault_injection, restart=restart)
     _add_status(router, document, dependencies=[strangers_out])
     add_live(router, page, document, dependencies=[strangers_out])
     if events is not None:
@@ -161,11 +159,7 @@ def build_router(
 
 
 def _document_of(
-    page: Page,
-    *,
-    fault_injection: bool,
-    restart: RestartCost | None,
-    weights_pool: Callable[[], PoolReading] | None,
+    page: Page, *, fault_injection: bool, restart: RestartCost | None
 ) -> Callable[[], dict[str, Any]]:
     """What `/ghostserve/status` answers; raises 503 while there is nothing to tell."""
 
@@ -174,7 +168,6 @@ def _document_of(
         return {
             **state,
             "counters": dict(page.counters()),
-            **({} if weights_pool is None else {"weights_pool": weights_pool().document()}),
             "fault_injection": fault_injection,
             **(_injections(page) if fault_injection else {}),
             **({"restart": restart.describe()} if fault_injection and restart is not None else {}),

@@ -1,4 +1,4 @@
-"""The numbers of the pool of weights for the status and `/metrics`, as of a moment ago.
+"""The numbers of the pool of weights for `/metrics`, as of a moment ago.
 
 A thread asks the holder every few seconds, and nobody else does: a scrape waits for no other process, and a holder that
 hangs costs a thread that has nothing else to do. Counts go on over holders that come and go.
@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ghostserve.errors import PoolError
 from ghostserve.weights.pool import Pool
@@ -34,30 +33,6 @@ class PoolReading:
     stats: PoolStats | None = None
     counts: Mapping[ImageKind, Counts] = field(default_factory=_no_counts)
     refusals: Mapping[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
-
-    def document(self) -> dict[str, Any]:
-        """For the status."""
-        counts = list(self.counts.values())
-        totals = {
-            "hits_total": sum(one.hits for one in counts),
-            "misses_total": sum(one.misses for one in counts),
-            "evictions_total": sum(one.evictions for one in counts),
-            "abandoned_total": sum(one.abandoned for one in counts),
-            "refusals_total": sum(self.refusals.values()),
-        }
-        if self.stats is None:
-            return {"up": False, **totals}
-        return {
-            "up": True,
-            "budget_bytes": self.stats.budget_bytes,
-            "used_bytes": self.stats.used_bytes,
-            "rank_bytes": self.stats.bytes[ImageKind.RANK],
-            "file_bytes": self.stats.bytes[ImageKind.FILE],
-            "referenced_bytes": self.stats.referenced_bytes,
-            "pinned_bytes": self.stats.pinned_bytes,
-            "entries": sum(self.stats.entries.values()),
-            **totals,
-        }
 
 
 def after(before: PoolReading, now: PoolStats | None, last: PoolStats | None) -> PoolReading:

@@ -132,7 +132,6 @@ class EntryInfo:
 class PoolStats:
     """The pool in numbers."""
 
-    began_s: float  # when the holder started (monotonic, of this machine): another one counts anew
     budget_bytes: int
     used_bytes: int  # what entries are charged, those being filled included
     referenced_bytes: int
@@ -143,3 +142,4 @@ class PoolStats:
     entries: Mapping[ImageKind, int]
     counts: Mapping[ImageKind, Counts]
     refusals: Mapping[Refusal, int]
+    began_s: float = 0.0  # when the holder started (monotonic, of this machine): another one counts anew
