@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import os
@@ -160,13 +161,16 @@ def test_many_rounds_leave_no_descriptor_and_no_memory(place: Place) -> None:
         eventually(lambda: pool.stats().clients == 0)
         pool.drop("m")
         eventually(lambda: sum("socket" in name for name in place.descriptors()) <= 1)
+        gc.collect()  # what earlier tests left
         return len(place.descriptors()), len(os.listdir("/proc/self/fd"))
 
     round_of(0)
     before = settled()
     for number in range(1, 60):
         round_of(number)
-    assert settled() == before
+    after = settled()
+    assert after[0] <= before[0], place.descriptors()
+    assert after[1] <= before[1], os.listdir("/proc/self/fd")
     assert place.memory_bytes() == 0
 
 
