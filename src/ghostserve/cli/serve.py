@@ -17,6 +17,7 @@ from ghostserve.errors import GhostserveError
 from ghostserve.web.access import MIDDLEWARES, Access, set_access
 from ghostserve.web.keys import admin_key, api_keys
 from ghostserve.web.restart import RestartCost
+from ghostserve.web.weights_pool import PoolWatch
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from ghostserve.engine.server import serve
 
     kept: list[KeptEvents] = []
+    watches: list[PoolWatch] = []
     code, reason = GhostserveError.exit_code, ""
 
     def keep_events(page: ControlPage, config: GhostConfig) -> None:
@@ -41,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
     def mount_all(app: Any, page: ControlPage | None, arguments: Namespace, config: GhostConfig) -> None:
         key = next(iter(api_keys(arguments.api_key, None, os.environ)), None)
         second = SecondServer(argv, environment, api_key=key, obstacle=obstacle(arguments))
-        mount(app, page, arguments, config, kept=kept[0] if kept else None, restart=second)
+        if page is not None:
+            watches.append(PoolWatch())
+        pool = next(iter(watches), None)
+        mount(app, page, arguments, config, kept=next(iter(kept), None), pool=pool, restart=second)
 
     try:
         code = serve(argv, mount_all, prepare, keep_events)
@@ -55,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
+        for watch in watches:
+            watch.close()
         for events in kept:
             events.close(code, reason)
     return code
@@ -85,11 +92,13 @@ def mount(
     config: GhostConfig,
     *,
     kept: KeptEvents | None = None,
+    pool: PoolWatch | None = None,
     restart: RestartCost | None = None,
 ) -> None:
     """Add our routes and rules to vLLM's app. Without protection vLLM is as it is. Raises UsageError.
 
-    `kept`: the events of this server so far; without them they are kept from here on, to the end of the process.
+    `kept`: the events of this server so far; without them they are kept from here on, to the end of the process. `pool`: who
+    looks at the pool of weights; its owner closes it.
     """
     if page is None:
         return
@@ -102,6 +111,7 @@ def mount(
     kept = kept or KeptEvents(page, config)
     if getattr(arguments, "otlp_traces_endpoint", None):
         kept.trace()
+    pool = pool or PoolWatch()
     app.state.ghostserve_events = kept.log
     keys = api_keys(arguments.api_key, None, os.environ)
     separate = config.prefix_cache_salt_per_key and len(set(keys)) > 1
@@ -131,7 +141,7 @@ def mount(
             draining=lambda: is_draining(app.state),
         )
     )
-    expose(app, page)
+    expose(app, page, lambda: pool.reading)
 
 
 async def _generate(engine: Any) -> None:

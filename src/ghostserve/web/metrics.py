@@ -24,6 +24,7 @@ from ghostserve.arena.ledger import BUCKETS_S, Histogram, Ledger
 from ghostserve.clock import monotonic_s
 from ghostserve.web.draining import is_draining
 from ghostserve.web.metric_table import METRICS, Metric, Series, Snapshot
+from ghostserve.web.weights_pool import PoolReading
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,16 @@ class MetricsPage(Protocol):
 class PageCollector(Collector):
     """Reads the page at each scrape. A metric that cannot be read is left out, and told once: the others are served."""
 
-    def __init__(self, page: MetricsPage, draining: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        page: MetricsPage,
+        *,
+        draining: Callable[[], bool] = lambda: False,
+        pool: Callable[[], PoolReading] = PoolReading,
+    ) -> None:
         self._page = page
         self._draining = draining
+        self._pool = pool
         self._told: set[str] = set()
 
     def describe(self) -> Iterable[Family]:
@@ -82,6 +90,7 @@ class PageCollector(Collector):
             keeper_given_up=self._page.keeper_given_up,
             draining=self._draining(),
             now_s=monotonic_s(),
+            pool=self._pool(),
         )
 
     def _tell(self, what: str, error: Exception) -> None:
@@ -110,9 +119,9 @@ def _filled(metric: Metric, series: Series) -> Family:
 _exposed: PageCollector | None = None
 
 
-def expose(app: Any, page: MetricsPage) -> None:
+def expose(app: Any, page: MetricsPage, pool: Callable[[], PoolReading] = PoolReading) -> None:
     """Add ours to the `/metrics` of vLLM's app. A process serves one page: a later one takes the place of an earlier."""
-    collector = PageCollector(page, draining=lambda: is_draining(app.state))
+    collector = PageCollector(page, draining=lambda: is_draining(app.state), pool=pool)
     if MULTIPROCESS_ENV in os.environ:
         app.router.routes.insert(0, _merged_route(collector))
         return
