@@ -9,7 +9,17 @@ GhostserveError
 ├── ProtocolError         a peer sent what the protocol does not allow
 │   └── StaleEpoch        a message from someone already given up
 ├── CorruptionError       bytes differ from their checksum
-└── BudgetExceeded        the arena has no room; the caller leaves the block unprotected
+│   └── WeightsChecksumError  (also a WeightsError)
+├── BudgetExceeded        the arena has no room; the caller leaves the block unprotected
+└── WeightsError          the files of a model cannot be loaded                (exit 3)
+    ├── BadWeightsFileError    a file is not what the format allows: header, overlap, hole, duplicate, path
+    │   ├── TruncatedWeightsError  a file ends before what its header promises
+    │   └── MissingShardError      a file that the index names is not there
+    ├── UnsafeWeightsError     a pickle, which could run code; it is never opened
+    ├── WeightsReadError       the disk did not give the bytes, or not in time
+    ├── WeightsChangedError    a file was written to while it was read, or since
+    ├── WeightsChecksumError   bytes differ from those of the first load
+    └── PoolError              the holder of the host-memory pool; the load goes to the disk instead
 """
 
 
@@ -61,3 +71,41 @@ class CorruptionError(GhostserveError):
 
 class BudgetExceeded(GhostserveError):
     """The arena has no free frame within its budget."""
+
+
+class WeightsError(GhostserveError):
+    """The files of a model cannot be loaded; the message names the file and what to do."""
+
+    exit_code = 3
+
+
+class BadWeightsFileError(WeightsError):
+    """A file is not what the safetensors format allows, or the files of a model contradict each other."""
+
+
+class TruncatedWeightsError(BadWeightsFileError):
+    """A file ends before what its header promises: an interrupted download or copy."""
+
+
+class MissingShardError(BadWeightsFileError):
+    """A file that the model's index names is not there."""
+
+
+class UnsafeWeightsError(WeightsError):
+    """Only pickled weights are there. Reading them could run code, so they are never opened."""
+
+
+class WeightsReadError(WeightsError):
+    """The disk or file system did not give the bytes, or not in time; the message says where."""
+
+
+class WeightsChangedError(WeightsError):
+    """A file was changed while it was read, or is not the one that was looked at before."""
+
+
+class WeightsChecksumError(WeightsError, CorruptionError):
+    """The bytes of a file differ from what they were when it was first loaded."""
+
+
+class PoolError(WeightsError):
+    """The holder of the host-memory pool failed or answered wrongly; loads go on from the disk."""

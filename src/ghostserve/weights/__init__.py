@@ -1,0 +1,1 @@
+"""Model files: read at disk speed, checked, and kept in host memory for everyone on the machine. Knows no vLLM."""
