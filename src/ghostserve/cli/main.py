@@ -27,6 +27,7 @@ VERBS = {
     "events": "show what has happened on a server, and with --follow what happens next",
     "story": "tell everything that happened to one request or one rank",
     "doctor": "look for what stands in the way of a server here, with a remedy for each finding",
+    "models": "list, fetch, check, warm, pin and remove models, on the disk and in memory",
     "demo": "kill a worker in the middle of an answer and check that the answer goes on unchanged",
     "bench": "measure what the codec reaches on this machine",
     "chaos": "load a server, have faults of all kinds strike it, and compare every answer",

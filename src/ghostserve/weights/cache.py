@@ -5,8 +5,8 @@
         lock                                held (flock) by whoever pulls; its content means nothing
         blobs/SHA256                        the bytes of a file, named by what they are
         blobs/DIGEST.partial                the beginning of one that is being fetched
-        versions/VERSION/config.json ...    a model's folder: links to blobs
-        versions/VERSION.json               what is in it and where it came from, written once it is complete
+        snapshots/VERSION/config.json ...   the folder to load: links to blobs, as in the cache of the Hub
+        snapshots/VERSION.json              what is in it and where it came from, written once it is complete
         current.json                        the version pulled last, written at the very end
 
 So a model's folder is complete or has no record, and a file that did not change between two versions is fetched and kept once.
@@ -76,7 +76,7 @@ class ModelCache:
         self.url = url
         self.folder = root / folder_name(url)
         self.blobs = self.folder / "blobs"
-        self._versions = self.folder / "versions"
+        self._snapshots = self.folder / "snapshots"
 
     def current(self) -> Version | None:
         """The version pulled last, if all its files are there with their lengths."""
@@ -90,12 +90,12 @@ class ModelCache:
 
     def known(self) -> list[Version]:
         """Every version that has a record."""
-        found = (Version.read(path) for path in sorted(self._versions.glob("*.json")))
+        found = (Version.read(path) for path in sorted(self._snapshots.glob("*.json")))
         return [version for version in found if version is not None]
 
     def path_of(self, version: Version) -> Path:
         """The folder to load the model from."""
-        return self._versions / version.version
+        return self._snapshots / version.version
 
     def partial_of(self, file: RemoteFile) -> Path:
         return self.blobs / f"{file.digest}.partial"

@@ -94,13 +94,17 @@ class _File:
             ) from error
 
     def _why(self, error: OSError) -> Exception:
-        if error.errno not in _NO_ROOM:
-            return error
-        missing = self._nbytes - self.length
-        return DiskFullError(
-            f"{self._path}: {error.strerror} after {self.length} of {self._nbytes} bytes; make room for {missing} more in "
-            f"{self._path.parent} (or take another folder with --download-dir) and pull again: what is there is kept"
-        )
+        return disk_full(error, self._path, there=self.length, nbytes=self._nbytes) or error
+
+
+def disk_full(error: OSError, path: Path, *, there: int, nbytes: int) -> DiskFullError | None:
+    """What to say where the disk, or what we may have of it, is full; None for another error."""
+    if error.errno not in _NO_ROOM:
+        return None
+    return DiskFullError(
+        f"{path}: {error.strerror} after {there} of {nbytes} bytes; make room for {nbytes - there} more in {path.parent} (or take "
+        "another folder with --download-dir) and pull again: what is there is kept"
+    )
 
 
 def fetch(remote: Remote, file: RemoteFile, partial: Path, *, on_bytes: Callable[[int], None]) -> Sums:

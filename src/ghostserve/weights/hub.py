@@ -25,6 +25,7 @@ from ghostserve.errors import (
     WeightsChecksumError,
     WeightsError,
 )
+from ghostserve.weights.fetch import disk_full
 from ghostserve.weights.pull import SPARE_BYTES, Progress, Pulled, Silent, offline
 from ghostserve.weights.remote_names import BESIDE, INDEX, WEIGHTS, choose, is_weights
 from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
@@ -217,16 +218,20 @@ class _Pull:
                 have = into.tell()
                 if have > file.size:
                     into.truncate(have := 0)
-                http_get(
-                    location,
-                    into,
-                    resume_size=have,
-                    headers=headers,
-                    expected_size=file.size,
-                    tqdm_class=_bar_for(self._on_bytes),
-                )
-                into.flush()
-                os.fsync(into.fileno())
+                try:
+                    http_get(
+                        location,
+                        into,
+                        resume_size=have,
+                        headers=headers,
+                        expected_size=file.size,
+                        tqdm_class=_bar_for(self._on_bytes),
+                    )
+                    into.flush()
+                    os.fsync(into.fileno())
+                except OSError as error:
+                    there = _length(partial)
+                    raise disk_full(error, partial, there=there, nbytes=file.size) or error from error
             self._check(file, partial)
             partial.replace(blob)
 
@@ -332,13 +337,6 @@ def _errors_as_ours(model: str, download_dir: Path | None) -> Iterator[None]:
 
 
 def _disk_error(error: OSError, model: str) -> WeightsError:
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFullError(
-            f"{model}: {error.strerror}: {error.filename or 'the cache'}: make room, or take another folder with HF_HOME or "
-            "--download-dir, and pull again: what is there is kept"
-        )
     if error.errno is not None:
         return WeightsError(f"{error.filename or model}: {error.strerror}")
     return RemoteError(f"{model}: {_first_line(error)}")
