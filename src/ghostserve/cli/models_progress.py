@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ghostserve.cli.units import bytes_text
+
 
 class Bar:
     """Bytes of `total_bytes`, on standard error; whoever reads standard output gets the result alone."""
@@ -20,6 +22,10 @@ class Bar:
         """So much in all, of which so much is done already."""
         if total_bytes == there_bytes:
             return
+        if not sys.stderr.isatty():
+            there = f", {bytes_text(there_bytes)} of them are there" if there_bytes else ""
+            self.say(f"{self._what}: {bytes_text(total_bytes)}{there}")
+            return
         self._bar = tqdm(
             desc=self._what,
             total=total_bytes,
@@ -28,7 +34,6 @@ class Bar:
             unit_scale=True,
             unit_divisor=1024,
             file=sys.stderr,
-            disable=None,  # where standard error is no terminal
         )
 
     def advance(self, nbytes: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ghostserve.arena.control import ControlPage
 from ghostserve.cli.restart_cost import SecondServer, obstacle
+from ghostserve.cli.serve_model import fetch_model
 from ghostserve.config import GhostConfig
 from ghostserve.errors import GhostserveError
 from ghostserve.web.access import MIDDLEWARES, Access, set_access
@@ -49,10 +50,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def prepare(arguments: Namespace, config: GhostConfig) -> None:
-    """Before vLLM builds its app: the keys that its routes accept, and our middlewares, inside those that the user names.
+    """Before vLLM builds its app: the model, the keys that its routes accept, and our middlewares, inside those that the user names.
 
     Raises UsageError for a key that cannot be used. Without protection vLLM is as it is, but for keys from a file.
     """
+    fetch_model(arguments)
     # Known to our configuration; vLLM keeps these arguments, and may show them.
     arguments.admin_api_key = None
     if config.api_key_file:

@@ -72,10 +72,10 @@ class HubModel:
 
 def known(download_dir: Path | None = None) -> list[HubModel]:
     """Every model in the cache; what is damaged is left out, as `hf cache` does."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        found = scan_cache_dir(download_dir)
+        found = scan_cache_dir(download_dir or constants.HF_HUB_CACHE)
     except CacheNotFound:
         return []
     return [

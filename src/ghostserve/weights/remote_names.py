@@ -99,8 +99,8 @@ def checked_name(name: str, *, where: str) -> str:
 
 
 def wanted(name: str) -> bool:
-    """Whether serving may need it."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *BESIDE))
+    """Whether serving may need it. Hidden files are somebody's own."""
+    return not name.startswith(".") and any(fnmatch.fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *BESIDE))
 
 
 def is_weights(name: str) -> bool:

@@ -1,0 +1,246 @@
+"""`ghostserve models ls|pin|unpin|rm|stop` over a real holder and real caches, in a home of the test's own."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from ghostserve.cli import main as cli
+from ghostserve.cli.models_known import OnDisk, join
+from ghostserve.cli.models_ls import pool_line, table
+from ghostserve.clock import monotonic_s
+from ghostserve.weights.pool import Hit, Lease, Pool
+from ghostserve.weights.pool_start import stop_holder
+from ghostserve.weights.pool_types import EntryInfo, EntryState, ImageKind
+from ghostserve.weights.pull import pull
+from model_server import COMMIT, MODEL, ModelServer, serving, tiny_model
+
+BUDGET_BYTES = 64 * 2**20
+
+
+@dataclass
+class Home:
+    """What a user has."""
+
+    path: Path
+    world: ModelServer
+
+    @property
+    def run_directory(self) -> Path:
+        return self.path / "run"
+
+    def pulled(self) -> Path:
+        """The test server's model, in our cache."""
+        return pull(self.world.url, environment={"XDG_CACHE_HOME": str(self.path / "cache")}).path
+
+    def in_memory(self, label: str, *, key: str = "k", nbytes: int = 2**20, kind: str = "rank") -> Hit:
+        """An image of the pool, in use until the Hit is closed."""
+        pool = Pool.connect(start=True, budget_bytes=BUDGET_BYTES, timeout_s=10)
+        assert pool is not None
+        lease = pool.open(key, nbytes, kind=kind, label=label, reload_cost_s=1.0)  # type: ignore[arg-type]
+        assert isinstance(lease, Lease), lease
+        with mmap.mmap(lease.fd, nbytes) as memory:
+            memory[:] = b"x" * nbytes
+        hit = lease.publish()
+        assert isinstance(hit, Hit), hit
+        return hit
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GHOSTSERVE_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with serving(ModelServer(tiny_model(300_001))) as world:
+        try:
+            yield Home(tmp_path, world)
+        finally:
+            stop_holder(tmp_path / "run")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    """What the command prints; with an error, what it says."""
+    assert cli.main(["models", *words]) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def rows(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+    return {row["model"]: row for row in json.loads(run(capsys, "ls", "--json"))}
+
+
+def test_nothing_is_there(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(run(capsys, "ls", "--json")) == []
+    assert "no models" in run(capsys, "ls")
+    assert "nothing was held" in run(capsys, "stop")
+    for command in ("pin", "unpin", "rm"):
+        assert "org/name is not" in run(capsys, command, "org/name", code=1)
+    assert not home.run_directory.exists()
+
+
+def test_a_model_is_one_row_wherever_it_is(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = home.pulled()
+    with home.in_memory(str(folder)), home.in_memory(str(folder), key="f", kind="file"):
+        row = rows(capsys)[home.world.url]
+        nbytes = sum(map(len, home.world.files.values()))
+        assert (row["path"], row["disk_bytes"], row["complete"]) == (str(folder), nbytes, True)
+        assert (row["tiers"], row["in_use"], row["pinned"]) == (["disk", "memory"], True, False)
+        assert row["memory_bytes"] == {"file": 2**20, "rank": 2**20}
+        lines = run(capsys, "ls").splitlines()
+        assert home.world.url in lines[1]
+        assert lines[1].endswith("in use")
+        assert lines[-1].startswith("memory: 2.")
+        assert "of 64.0 MiB" in lines[-1]
+
+
+def test_models_of_the_hub_are_listed_and_removed(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    cached = home.path / "hub/models--ghost--tiny"
+    folder = cached / "snapshots" / COMMIT
+    for part in (folder, cached / "refs", cached / "blobs"):
+        part.mkdir(parents=True)
+    (cached / "refs/main").write_text(COMMIT)
+    (cached / "blobs/b1").write_bytes(b"x" * 1000)
+    (folder / "model.safetensors").symlink_to("../../blobs/b1")
+    row = rows(capsys)[MODEL]
+    assert (row["path"], row["tiers"]) == (str(folder), ["disk"])
+    refused = run(capsys, "rm", MODEL, code=2)
+    assert "--yes" in refused
+    assert str(folder.parents[1]) in refused
+    assert "removed" in run(capsys, "rm", MODEL, "--yes")
+    assert not folder.exists()
+    assert rows(capsys) == {}
+
+
+def test_pin_and_unpin(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    with home.in_memory("org/name"):
+        assert "will not be evicted" in run(capsys, "pin", "org/name")
+        assert rows(capsys)["org/name"]["pinned"] is True
+        assert json.loads(run(capsys, "unpin", "org/name", "--json")) == {
+            "model": "org/name",
+            "pinned": False,
+            "was_pinned": True,
+        }
+        assert rows(capsys)["org/name"]["pinned"] is False
+        assert "was not pinned" in run(capsys, "unpin", "org/name")
+        assert "models warm org/other" in run(capsys, "pin", "org/other", code=1)
+
+
+@pytest.mark.parametrize("tier", ["--memory", "--disk", None])
+def test_rm_takes_the_tier_that_is_named(
+    home: Home, capsys: pytest.CaptureFixture[str], tier: str | None
+) -> None:
+    folder = home.pulled()
+    home.in_memory(str(folder)).close()
+    run(capsys, "rm", home.world.url, "--yes", *([tier] if tier else []))
+    assert folder.exists() == (tier == "--memory")
+    row = rows(capsys).get(home.world.url) or rows(capsys).get(str(folder))
+    assert (row is None) == (tier is None)
+    assert row is None or row["tiers"] == (["disk"] if tier == "--memory" else ["memory"])
+
+
+def test_rm_needs_no_yes_for_memory_and_says_what_is_still_in_use(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with home.in_memory("org/name") as hit:
+        assert "once its users end" in run(capsys, "rm", "org/name", "--memory")
+        assert rows(capsys) == {}
+        assert hit.fd >= 0
+    assert "not in memory" in run(capsys, "rm", "org/name", "--memory", code=1)
+
+
+def test_rm_leaves_a_folder_of_the_users_alone(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = home.path / "mine"
+    mine.mkdir()
+    assert "remove it yourself" in run(capsys, "rm", str(mine), "--disk", "--yes", code=2)
+    assert "not on the disk or in memory" in run(capsys, "rm", str(mine), "--yes", code=1)
+    home.in_memory(str(mine)).close()
+    assert "of memory" in run(capsys, "rm", str(mine), "--yes")
+    assert mine.is_dir()
+
+
+def test_stop_ends_the_holder(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    with home.in_memory("org/name"):
+        assert json.loads(run(capsys, "stop", "--json")) == {"stopped": True}
+    assert Pool.connect(start=False) is None
+    assert rows(capsys) == {}
+
+
+def test_a_download_that_was_begun_is_shown_as_partial(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = home.pulled()
+    (folder.parents[1] / "current.json").unlink()
+    assert rows(capsys)[home.world.url]["complete"] is False
+    assert "(partial)" in run(capsys, "ls")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "COMMAND"),
+        (["list"], "invalid choice"),
+        (["pull"], "MODEL"),
+        (["rm", "x", "--disk", "--memory"], "not allowed with"),
+        (["warm", "x", "--weights-memory", "much"], "not an amount of memory"),
+        (["pull", "x", "--download"], "--download"),
+    ],
+)
+def test_usage_errors_are_one_line(
+    home: Home, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    error = run(capsys, *words, code=2)
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["ls"], ["pull"], ["verify"], ["warm"], ["pin"], ["rm"], ["stop"]])
+def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert cli.main(["models", *command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: ghostserve models")
+
+
+def test_joining_is_by_name_or_by_folder() -> None:
+    disk = OnDisk(model="org/a", folder=Path("/hub/a"), snapshots=(Path("/hub/a/snapshots/1"),), nbytes=5)
+    found = join(
+        [disk],
+        [entry("org/a", 1), entry("/hub/a/snapshots/1", 2), entry("/mine", 4)],
+        wall_minus_monotonic_s=0,
+    )
+    assert [(row.model, row.memory_bytes, row.tiers) for row in found] == [
+        ("/mine", {ImageKind.RANK: 4}, ["memory"]),
+        ("org/a", {ImageKind.RANK: 3}, ["disk", "memory"]),
+    ]
+    assert found[1].labels == {"org/a", "/hub/a/snapshots/1"}
+
+
+def test_the_table_is_aligned() -> None:
+    found = join([], [entry("a", 1), entry("a/very/long/name", 2**30)], wall_minus_monotonic_s=0)
+    heading, first, second = table(found).splitlines()
+    assert heading.index("RANKS IN MEMORY") + len("RANKS IN MEMORY") == first.index("1 B") + 3
+    assert second.index("1.0 GiB") + 7 == first.index("1 B") + 3
+    assert "holder starts with the first server" in pool_line(None)
+    assert pool_line(None, "it hangs") == "memory: it hangs"
+
+
+def entry(label: str, nbytes: int) -> EntryInfo:
+    now_s = monotonic_s()
+    return EntryInfo(
+        number=1,
+        key=label,
+        kind=ImageKind.RANK,
+        label=label,
+        nbytes=nbytes,
+        charged_bytes=nbytes,
+        state=EntryState.PUBLISHED,
+        references=0,
+        pinned=False,
+        uses=1,
+        made_s=now_s,
+        used_s=now_s,
+    )
