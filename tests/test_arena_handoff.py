@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from ghostserve.arena import handoff
-from ghostserve.arena.handoff import Credentials, Role
+from ghostserve.arena import handoff, peers
+from ghostserve.arena.handoff import Role
 from ghostserve.arena.memfd import Segment
+from ghostserve.arena.peers import Credentials
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import ProtocolError, StartError
 
@@ -175,15 +176,15 @@ def test_who_is_at_the_other_end(address: str) -> None:
         sock, credentials = handoff.connect(address, timeout_s=5)
         peer, _ = listener.accept()
         with sock, peer:
-            assert credentials == handoff.peer_credentials(peer)
+            assert credentials == peers.peer_credentials(peer)
             assert credentials == Credentials(pid=os.getpid(), uid=os.geteuid())
 
 
 def test_another_user_is_refused() -> None:
-    handoff.require_same_user(Credentials(pid=1, uid=1000), own_uid=1000)
+    peers.require_same_user(Credentials(pid=1, uid=1000), own_uid=1000)
     for uid, own_uid in ((0, 1000), (1000, 0), (1001, 1000)):
         with pytest.raises(ProtocolError, match=f"process 1 runs as user {uid}, not {own_uid}"):
-            handoff.require_same_user(Credentials(pid=1, uid=uid), own_uid=own_uid)
+            peers.require_same_user(Credentials(pid=1, uid=uid), own_uid=own_uid)
 
 
 STRANGER = """

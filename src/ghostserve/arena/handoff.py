@@ -13,18 +13,16 @@ also while there is no keeper, or one that hangs.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
 import secrets
 import socket
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 
 from ghostserve.arena.memfd import Segment
+from ghostserve.arena.peers import Credentials, peer_credentials, receive, require_same_user
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import ProtocolError, StartError
 
@@ -35,7 +33,6 @@ _SEGMENTS_MAX = 16
 _NAMES_MAX_BYTES = 4096
 _BACKLOG = 64
 _RETRY_S = 0.02
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class Role(Enum):
@@ -44,14 +41,6 @@ class Role(Enum):
     RANK = "rank"  # the descriptors, nothing else
     FRONT = "front"  # the same
     ENGINE = "engine"  # no descriptors; the connection stays and carries jobs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Credentials:
-    """Who is at the other end, from the kernel: as of `connect` for a client, of `listen` for a server."""
-
-    pid: int
-    uid: int
 
 
 def new_address() -> str:
@@ -91,19 +80,6 @@ def connect(address: str, *, timeout_s: float) -> tuple[socket.socket, Credentia
         sock.close()
         raise
     return sock, credentials
-
-
-def peer_credentials(sock: socket.socket) -> Credentials:
-    """Who is at the other end of a connected Unix socket."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(raw)
-    return Credentials(pid=pid, uid=uid)
-
-
-def require_same_user(credentials: Credentials, *, own_uid: int) -> None:
-    """ProtocolError unless the peer runs as `own_uid`; root is refused like anybody else."""
-    if credentials.uid != own_uid:
-        raise ProtocolError(f"process {credentials.pid} runs as user {credentials.uid}, not {own_uid}")
 
 
 def hello(role: Role) -> bytes:
@@ -154,12 +130,10 @@ def _fetch_once(address: str, *, timeout_s: float) -> dict[str, Segment]:
     sock, _ = connect(address, timeout_s=timeout_s)
     with sock:
         sock.sendall(hello(Role.RANK))
-        data, fds, flags = _receive(sock)
+        data, fds, truncated = receive(sock, data_max_bytes=_NAMES_MAX_BYTES, fds_max=_SEGMENTS_MAX)
     segments: dict[str, Segment] = {}
     try:
-        for name in _parse_names(
-            data, fds=fds, truncated=bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))
-        ):
+        for name in _parse_names(data, fds=fds, truncated=truncated):
             segments[name] = Segment.attach(fds[0])
             fds.pop(0)
     except BaseException:
@@ -170,17 +144,6 @@ def _fetch_once(address: str, *, timeout_s: float) -> dict[str, Segment]:
                 os.close(fd)
         raise
     return segments
-
-
-def _receive(sock: socket.socket) -> tuple[bytes, list[int], int]:
-    """(data, descriptors, flags) of one packet. Not `socket.recv_fds`: it drops flags, so close-on-exec."""
-    fds = array.array("i")
-    room = socket.CMSG_SPACE(_SEGMENTS_MAX * fds.itemsize)
-    data, ancillary, flags, _ = sock.recvmsg(_NAMES_MAX_BYTES, room, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
-    return data, list(fds), flags
 
 
 def _parse_names(data: bytes, *, fds: list[int], truncated: bool) -> list[str]:

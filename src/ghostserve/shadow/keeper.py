@@ -20,7 +20,7 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 
-from ghostserve.arena import handoff
+from ghostserve.arena import handoff, peers
 from ghostserve.arena.control import LANE_KEEPER, ControlPage
 from ghostserve.arena.memfd import Segment
 from ghostserve.clock import monotonic_s, sleep_s
@@ -86,7 +86,7 @@ class Keeper:
             sleep_s(0.01)  # out of descriptors the listener stays ready: do not spin
             return
         try:
-            handoff.require_same_user(handoff.peer_credentials(peer), own_uid=os.geteuid())
+            peers.require_same_user(peers.peer_credentials(peer), own_uid=os.geteuid())
         except (OSError, ProtocolError) as error:
             logger.warning("a peer was refused: %s", error)
             peer.close()

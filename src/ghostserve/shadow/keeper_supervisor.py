@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 import ghostserve
-from ghostserve.arena import handoff
+from ghostserve.arena import handoff, peers
 from ghostserve.arena.control import CONTROL_BYTES, LANE_FRONT, ControlPage, Counter
 from ghostserve.arena.memfd import Segment
 from ghostserve.clock import monotonic_s
@@ -180,7 +180,7 @@ class KeeperSupervisor:
         with peer:
             try:
                 peer.settimeout(_PEER_TIMEOUT_S)
-                handoff.require_same_user(handoff.peer_credentials(peer), own_uid=os.geteuid())
+                peers.require_same_user(peers.peer_credentials(peer), own_uid=os.geteuid())
                 if handoff.parse_hello(peer.recv(handoff.HELLO_MAX_BYTES)) is not handoff.Role.ENGINE:
                     handoff.send_segments(peer, self.segments)
             except (OSError, GhostserveError) as error:
