@@ -6,20 +6,16 @@ is filled for all, or one that is filled already. What cannot be exchanged is sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
-from ghostserve.native.checksum import crc32
 from ghostserve.weights.mapping import Mapped, written_pages
 from ghostserve.weights.rank_image import PAGE_BYTES, Layout, Parameter, lay_out
-
-SIMPLE = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -43,7 +39,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def _why_not(parameter: nn.Parameter) -> str | None:
-    if isinstance(parameter, UninitializedTensorMixin):
+    if is_lazy(parameter):
         return "gets its size while it is loaded"
     if parameter.is_meta:
         return "gets its memory while it is loaded"
@@ -81,7 +77,10 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 class Below:
-    """An image's memory below the parameters of a model on the CPU."""
+    """An image's memory below the parameters of a model on the CPU.
+
+    Not for long: as long as this lives, so does all of the memory; then the parameters alone keep it, each its own.
+    """
 
     def __init__(self, model: nn.Module, layout: Layout, fd: int, *, shared: bool) -> None:
         """Map it; `shared` where it is to be filled. Raises OSError. The parameters are as they were until one of the methods runs."""
@@ -120,20 +119,9 @@ class Below:
         self._tensors = {}
 
     def make_private(self, fd: int) -> None:
-        """From now on what is written is this process's own. Ends this object's hold on the memory. Raises OSError."""
+        """From now on what is written is this process's own. Raises OSError."""
         for mapped in self._ranges:
             mapped.make_private(fd)
-        self.let_go()
-
-    def take_away(self) -> None:
-        """Give the parameters memory of their own, with what they hold."""
-        for parameter in self._parameters.values():
-            parameter.data = parameter.data.clone()
-        self.let_go()
-
-    def let_go(self) -> None:
-        """The parameters alone keep the memory; what is dropped of them is given back."""
-        self._ranges, self._tensors, self._parameters = [], {}, {}
 
 
 def _whole_pages(nbytes: int) -> int:
@@ -151,87 +139,3 @@ def _copy_written(source: torch.Tensor, target: torch.Tensor) -> None:
         begin = max(0, int(page + first) * PAGE_BYTES - address)
         until = min(nbytes, int(page + end) * PAGE_BYTES - address)
         new[begin:until] = old[begin:until]
-
-
-# ---- whether loading does no more than fill parameters -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
-    """What a model is beside the bytes of its parameters."""
-
-    parts: dict[str, Any]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Beside:
-        """Keeps what it names, so that nothing new can be taken for it."""
-        parts: dict[str, Any] = {}
-        for name, parameter in model.named_parameters():
-            parts[f"parameter {name}"] = (_Same(parameter), parameter.dtype, tuple(parameter.shape))
-            parts[f"the memory of {name}"] = parameter.data_ptr()
-            parts.update(_attributes(name, vars(parameter)))
-        for name, buffer in model.named_buffers():
-            parts[f"buffer {name}"] = _checksum(buffer)
-        for name, module in model.named_modules():
-            parts[f"module {name}"] = (_Same(module), type(module))
-            parts.update(_attributes(name, vars(module)))
-            if (method := getattr(module, "quant_method", None)) is not None and hasattr(method, "__dict__"):
-                parts[f"{name}.quant_method's class"] = type(method)
-                parts.update(_attributes(f"{name}.quant_method", vars(method)))
-        return cls(parts=parts)
-
-    def first_difference(self, other: Beside) -> str | None:
-        """What is not the same there."""
-        if changed := [name for name, value in self.parts.items() if other.parts.get(name) != value]:
-            return changed[0]
-        return next((name for name in other.parts if name not in self.parts), None)
-
-
-class _Same:
-    """An object that equals itself alone, whatever it says about it."""
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._value is other._value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _attributes(name: str, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for attribute, value in attributes.items():
-        if attribute not in ("_parameters", "_buffers", "_modules"):
-            yield f"{name}.{attribute}", _token(value)
-
-
-def _token(value: Any) -> Any:
-    if isinstance(value, SIMPLE):
-        return type(value), value
-    if isinstance(value, dict):
-        return (
-            dict,
-            [(_one(key), _one(item)) for key, item in value.items()],
-        )
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value), [_one(item) for item in _in_order(value)]
-    return _Same(value)
-
-
-def _in_order(values: Iterable[Any]) -> list[Any]:
-    return sorted(values, key=repr) if isinstance(values, (set, frozenset)) else list(values)
-
-
-def _one(value: Any) -> Any:
-    return (type(value), value) if isinstance(value, SIMPLE) else _Same(value)
-
-
-def _checksum(buffer: torch.Tensor) -> Any:
-    if buffer.is_meta or buffer.layout is not torch.strided:
-        return _Same(buffer)
-    flat = buffer.detach().cpu().contiguous().reshape(-1)
-    return (
-        buffer.dtype,
-        tuple(buffer.shape),
-        crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0,
-    )

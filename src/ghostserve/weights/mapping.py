@@ -63,7 +63,8 @@ def written_pages(address: int, nbytes: int) -> npt.NDArray[np.bool_]:
         entries = b""
     if len(entries) != 8 * (last - first):
         return np.ones(last - first, dtype=np.bool_)
-    return (np.frombuffer(entries, dtype=np.uint64) & _SWAPPED_OR_PRESENT) != 0
+    written: npt.NDArray[np.bool_] = (np.frombuffer(entries, dtype=np.uint64) & _SWAPPED_OR_PRESENT) != 0
+    return written
 
 
 def _mmap(address: int | None, length: int, flags: int, fd: int, offset: int) -> int:
