@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import re
-import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,11 +19,11 @@ from ghostserve.errors import (
     BadWeightsFileError,
     MissingShardError,
     UnsafeWeightsError,
-    WeightsChangedError,
-    WeightsError,
     WeightsReadError,
 )
+from ghostserve.weights.bounded import STALL_S, answer_within
 from ghostserve.weights.header import LENGTH_BYTES, Header, header_bytes, parse_header
+from ghostserve.weights.source import Source
 
 INDEX = "model.safetensors.index.json"
 INDEX_BYTES_MAX = 100_000_000
@@ -67,28 +66,28 @@ class ModelFiles:
         return sum(file.nbytes for file in self.files)
 
 
-def open_model(folder: Path) -> ModelFiles:
+def open_model(folder: Path, *, stall_s: float = STALL_S) -> ModelFiles:
     """The model in `folder`: by its index if it has one, else every `*.safetensors` in it.
 
-    WeightsError by its kind: a pickle only, a shard missing, a header or the index wrong, a tensor twice.
+    WeightsError by its kind: a pickle only, a shard missing, a header or the index wrong, a tensor twice. No call into the
+    file system takes longer than `stall_s`.
     """
-    index = folder / INDEX
-    if index.exists():
-        names = _read_index(index)
-        files = open_files(sorted({folder / name for name in names.values()}))
-        _check_index(index, names, files)
-        return files
-    return open_files(sorted(folder.glob("*.safetensors")), folder=folder)
+    names = answer_within(stall_s, lambda: _read_index(folder), folder)
+    if names is None:
+        paths = answer_within(stall_s, lambda: _listed(folder), folder)
+        return open_files(paths, stall_s=stall_s)
+    files = open_files(sorted({folder / name for name in names.values()}), folder=folder, stall_s=stall_s)
+    _check_index(folder, names, files)
+    return files
 
 
-def open_files(paths: Iterable[Path], *, folder: Path | None = None) -> ModelFiles:
-    """These files as one model. `folder` is where they are, by default where the first is."""
-    paths = list(paths)
-    folder = folder or (paths[0].parent if paths else Path())
+def open_files(paths: Sequence[Path], *, folder: Path | None = None, stall_s: float = STALL_S) -> ModelFiles:
+    """These files as one model. `folder` is what they are named in, by default where the first is."""
     if not paths:
-        raise _nothing_in(folder)
+        raise ValueError("no files")
+    folder = folder or paths[0].parent
     _check_complete(paths)
-    files = tuple(open_file(path) for path in paths)
+    files = tuple(open_file(path, stall_s=stall_s) for path in paths)
     seen: dict[str, Path] = {}
     for file in files:
         for span in file.header.tensors:
@@ -101,61 +100,23 @@ def open_files(paths: Iterable[Path], *, folder: Path | None = None) -> ModelFil
     return ModelFiles(folder=folder, files=files, identity=_identity(folder, files))
 
 
-def open_file(path: Path) -> WeightsFile:
+def open_file(path: Path, *, stall_s: float = STALL_S) -> WeightsFile:
     """One file by its header."""
+    return answer_within(stall_s, lambda: _open(path), path)
+
+
+def _open(path: Path) -> WeightsFile:
     _check_link(path)
+    source = Source(path, direct=False)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not hold us up
-    except FileNotFoundError:
-        raise MissingShardError(f"{path}: is not there; download the model again") from None
-    except OSError as error:
-        raise WeightsReadError(
-            f"{path}: {error.strerror}; check its permissions and its file system"
-        ) from error
-    try:
-        return _open(path, fd)
-    except OSError as error:
-        raise WeightsReadError(
-            f"{path}: {error.strerror} while reading its header; check the disk or file system"
-        ) from error
+        first = source.read_bytes(0, min(LENGTH_BYTES, source.nbytes))
+        rest = header_bytes(first, file_bytes=source.nbytes, name=str(path)) - LENGTH_BYTES
+        first += source.read_bytes(LENGTH_BYTES, rest)
+        header = parse_header(first, file_bytes=source.nbytes, name=str(path))
+        source.check_unchanged(nbytes=source.nbytes, mtime_ns=source.mtime_ns)
+        return WeightsFile(path=path, nbytes=source.nbytes, mtime_ns=source.mtime_ns, header=header)
     finally:
-        os.close(fd)
-
-
-def _open(path: Path, fd: int) -> WeightsFile:
-    before = os.fstat(fd)
-    if not stat.S_ISREG(before.st_mode):
-        raise BadWeightsFileError(f"{path}: is no regular file")
-    first = _read(fd, LENGTH_BYTES, 0)
-    rest = header_bytes(first, file_bytes=before.st_size, name=str(path)) - LENGTH_BYTES
-    header = parse_header(first + _read(fd, rest, LENGTH_BYTES), file_bytes=before.st_size, name=str(path))
-    file = WeightsFile(path=path, nbytes=before.st_size, mtime_ns=before.st_mtime_ns, header=header)
-    check_unchanged(file, fd)
-    return file
-
-
-def check_unchanged(file: WeightsFile, fd: int) -> None:
-    """WeightsChangedError unless the open file `fd` has the size and time of change of `file`."""
-    now = os.fstat(fd)
-    if now.st_size != file.nbytes:
-        raise WeightsChangedError(
-            f"{file.path}: has {now.st_size} bytes now, and had {file.nbytes} when its header was read: somebody is writing "
-            "to it; wait until the download or copy has ended and start again"
-        )
-    if now.st_mtime_ns != file.mtime_ns:
-        raise WeightsChangedError(
-            f"{file.path}: was written to since its header was read; wait until the download or copy has ended and start again"
-        )
-
-
-def _read(fd: int, nbytes: int, offset: int) -> bytes:
-    """Up to `nbytes`, fewer only at the end of the file."""
-    pieces = []
-    while nbytes and (piece := os.pread(fd, nbytes, offset)):
-        pieces.append(piece)
-        nbytes -= len(piece)
-        offset += len(piece)
-    return b"".join(pieces)
+        source.leave()
 
 
 def _identity(folder: Path, files: Iterable[WeightsFile]) -> str:
@@ -169,9 +130,12 @@ def _identity(folder: Path, files: Iterable[WeightsFile]) -> str:
 # ---- which files there are -------------------------------------------------------------------------------------------
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name to file name."""
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name to file name; None without an index."""
+    index = folder / INDEX
     try:
+        if not index.exists():
+            return None
         if index.stat().st_size > INDEX_BYTES_MAX:
             raise BadWeightsFileError(f"{index}: more than {INDEX_BYTES_MAX} bytes; download it again")
         found = json.loads(index.read_text())
@@ -195,18 +159,18 @@ def _read_index(index: Path) -> dict[str, str]:
     return names
 
 
-def _check_index(index: Path, names: dict[str, str], files: ModelFiles) -> None:
+def _check_index(folder: Path, names: dict[str, str], files: ModelFiles) -> None:
     """Each tensor is in the file that the index says."""
     there = {file.path: {span.name for span in file.header.tensors} for file in files.files}
     for tensor, name in names.items():
-        if tensor not in there[index.parent / name]:
+        if tensor not in there[folder / name]:
             raise BadWeightsFileError(
-                f"{index.parent / name}: has no tensor {tensor[:200]!r}, which {index.name} says it has: a shard of another "
+                f"{folder / name}: has no tensor {tensor[:200]!r}, which {INDEX} says it has: a shard of another "
                 "model or of another revision, or two shards exchanged; download the model again"
             )
 
 
-def _check_complete(paths: list[Path]) -> None:
+def _check_complete(paths: Sequence[Path]) -> None:
     """No number is missing where the names count: model-00001-of-00003.safetensors."""
     counted: dict[tuple[str, int], set[int]] = {}
     for path in paths:
@@ -238,11 +202,14 @@ def _check_link(path: Path) -> None:
         )
 
 
-def _nothing_in(folder: Path) -> WeightsError:
+def _listed(folder: Path) -> list[Path]:
+    """Every safetensors file; an error that says why there is none."""
     if not folder.is_dir():
-        return MissingShardError(f"{folder}: is no folder; download the model, or correct the path")
+        raise MissingShardError(f"{folder}: is no folder; download the model, or correct the path")
+    if found := sorted(folder.glob("*.safetensors")):
+        return found
     if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
-        return UnsafeWeightsError(
+        raise UnsafeWeightsError(
             f"{folder}: has only pickled weights ({', '.join(pickles[:3])}), which could run code and are never opened; {CONVERT}"
         )
-    return MissingShardError(f"{folder}: has no *.safetensors; download the model again")
+    raise MissingShardError(f"{folder}: has no *.safetensors; download the model again")
