@@ -39,7 +39,7 @@ from ghostserve.arena.control import ControlPage
 from ghostserve.clock import monotonic_s
 from ghostserve.codec.matrix import check_size
 from ghostserve.config import CONFIG_ENV, GhostConfig
-from ghostserve.engine import drain, leftovers, logs
+from ghostserve.engine import drain, leftovers, load_format, logs
 from ghostserve.engine.interrupts import felt_at_once
 from ghostserve.engine.limits import refuse_arguments, refuse_other_servers, refuse_unsupported
 from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
@@ -74,13 +74,14 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, GhostConfig]:
         epilog="ghostserve's own flags: --help=ghostserve",
     )
     serve = make_arg_parser(serve)
-    serve.set_defaults(host="127.0.0.1")
+    serve.set_defaults(host="127.0.0.1", load_format=None)
     GhostConfig.add_arguments(serve)
     try:
         arguments = parser.parse_args(["serve", *_spread_config(argv)])
         if arguments.model_tag is not None:
             arguments.model = arguments.model_tag
         config = GhostConfig.from_arguments(arguments)
+        arguments.load_format = load_format.choose(arguments, config)
         validate_parsed_serve_args(arguments)
     except GhostserveError:
         raise
@@ -108,6 +109,7 @@ def serve(argv: Sequence[str], mount: Mount, prepare: Prepare) -> int:
     prepare(arguments, config)
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
+        os.environ[load_format.LOADER_ENV] = str(int(arguments.load_format == load_format.LOAD_FORMAT))
         return _run(arguments, config, mount, page=None)
     refuse_arguments(arguments)
     _refuse_parity(arguments, config)

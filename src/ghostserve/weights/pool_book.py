@@ -108,7 +108,7 @@ class PoolBook:
         entry.references.remove(client)
         if not entry.listed and not entry.references:
             return [self._remove(entry)]
-        return self._tidy(entry.image.label)
+        return [*self._tidy(entry.image.label), *self._shrink()]
 
     def no_memory(self, client: int, reason: str) -> list[Action]:
         """The memory of a lease just granted could not be had."""
@@ -131,7 +131,7 @@ class PoolBook:
             return False, []
         self._pins.remove(name)
         labels = {entry.image.label for entry in self._named(name)}
-        return True, [action for label in sorted(labels) for action in self._tidy(label)]
+        return True, [*(action for label in sorted(labels) for action in self._tidy(label)), *self._shrink()]
 
     def drop(self, name: str) -> tuple[int, int, list[Action]]:
         """Forget published entries with this key or label, pinned or not: (how many, of those in use, what to do).
@@ -150,12 +150,7 @@ class PoolBook:
     def set_budget(self, budget_bytes: int) -> list[Action]:
         """From now on; what is above it and may go goes, the least valuable first."""
         self.budget_bytes = budget_bytes
-        over_bytes = self.used_bytes - budget_bytes
-        candidates = self._candidates()
-        victims = choose_victims(
-            candidates, need_bytes=min(over_bytes, sum(one.size_bytes for one in candidates))
-        )
-        return self._evict(victims.choice or ())
+        return self._shrink()
 
     # -- what is so --------------------------------------------------------------------------------------------------
 
@@ -272,6 +267,12 @@ class PoolBook:
             reason=f"{need_bytes} bytes would leave this machine or cgroup too little memory: {free_bytes} bytes may "
             f"still be taken, and {evictable_bytes} could be freed",
         )
+
+    def _shrink(self) -> list[Action]:
+        """What is above a budget that was lowered goes as soon as it may."""
+        candidates = self._candidates()
+        over_bytes = min(self.used_bytes - self.budget_bytes, sum(one.size_bytes for one in candidates))
+        return self._evict(choose_victims(candidates, need_bytes=over_bytes).choice or ())
 
     def _candidates(self) -> list[Candidate]:
         return [
