@@ -17,6 +17,8 @@ class Bar:
     def __init__(self, what: str) -> None:
         self._what = what
         self._bar: Any = None
+        self._begun_with: int | None = None
+        self._done_bytes = 0
 
     def begin(self, total_bytes: int, there_bytes: int) -> None:
         """So much in all, of which so much is done already."""
@@ -40,6 +42,14 @@ class Bar:
         """So much more; negative where something is done again."""
         if self._bar is not None:
             self._bar.update(nbytes)
+
+    def at(self, done_bytes: int, total_bytes: int) -> None:
+        """So much is done, for who counts by itself."""
+        if self._begun_with is None:
+            self._begun_with, self._done_bytes = total_bytes, 0
+            self.begin(total_bytes, 0)
+        self.advance(done_bytes - self._done_bytes)
+        self._done_bytes = done_bytes
 
     def say(self, text: str) -> None:
         """A sentence, above the bar."""

@@ -28,8 +28,10 @@ from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
 
 def default_root(environment: Mapping[str, str] = os.environ) -> Path:
     """`$XDG_CACHE_HOME/ghostserve/models`, without it below `~/.cache`."""
-    home = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "ghostserve" / "models"
+    home = Path(environment.get("XDG_CACHE_HOME") or "")
+    if not home.is_absolute():  # as the XDG specification has it
+        home = Path.home() / ".cache"
+    return home / "ghostserve" / "models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
