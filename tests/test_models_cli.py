@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ghostserve.weights.pool_types import EntryInfo, EntryState, ImageKind
 from ghostserve.weights.pull import pull
 from model_server import COMMIT, MODEL, ModelServer, serving, tiny_model
 
+WEIGHTS = "model.safetensors"
 BUDGET_BYTES = 64 * 2**20
 
 
@@ -178,6 +180,75 @@ def test_a_download_that_was_begun_is_shown_as_partial(
     (folder.parents[1] / "current.json").unlink()
     assert rows(capsys)[home.world.url]["complete"] is False
     assert "(partial)" in run(capsys, "ls")
+
+
+# ---- verify and warm: the bytes themselves ----------------------------------------------------------------------------
+
+
+def test_verify_says_what_is_known_and_finds_a_flipped_byte(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = home.pulled()
+    (file,) = json.loads(run(capsys, "verify", home.world.url, "--json"))["files"]
+    assert (file["ok"], file["compared_with_first_load"], file["compared_with_source"]) == (True, False, True)
+    assert "as at its first load, and with the SHA-256 of its source" in run(capsys, "verify", home.world.url)
+    weights = (folder / WEIGHTS).resolve()
+    status = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[200_000] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if a disk had done it
+    error = run(capsys, "verify", home.world.url, code=1)
+    assert WEIGHTS in error
+    assert "bytes 0 to 300" in error  # the cell of 4 MiB that it is in
+
+
+def test_verify_of_a_folder_trusts_it_the_first_time_and_no_more(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = home.path / "mine"
+    mine.mkdir()
+    for name, data in home.world.files.items():
+        (mine / name).write_bytes(data)
+    assert "nothing was known of it" in run(capsys, "verify", str(mine))
+    assert "as at its first load" in run(capsys, "verify", str(mine))
+    (mine / WEIGHTS).write_bytes(home.world.files[WEIGHTS][:-1])
+    assert WEIGHTS in run(capsys, "verify", str(mine), code=1)
+    (mine / WEIGHTS).unlink()
+    (mine / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "never opened" in run(capsys, "verify", str(mine), code=1)
+
+
+def test_warm_puts_the_files_into_memory_once(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = home.pulled()
+    nbytes = len(home.world.files[WEIGHTS])
+    first = json.loads(run(capsys, "warm", home.world.url, "--weights-memory", "64Mi", "--pin", "--json"))
+    assert (first["memory_bytes"], first["read_bytes"], first["pinned"]) == (nbytes, nbytes, True)
+    row = rows(capsys)[home.world.url]
+    assert (row["memory_bytes"], row["pinned"], row["in_use"]) == ({"file": nbytes, "rank": 0}, True, False)
+    again = json.loads(run(capsys, "warm", home.world.url, "--json"))
+    assert (again["memory_bytes"], again["read_bytes"]) == (nbytes, 0)
+    pool = Pool.connect(start=False)
+    assert pool is not None
+    (one,) = pool.list()
+    hit = pool.open(one.key, one.nbytes, kind="file", label="x", reload_cost_s=1.0)
+    assert isinstance(hit, Hit)
+    with hit:
+        assert os.pread(hit.fd, nbytes, 0) == (folder / WEIGHTS).read_bytes()
+
+
+def test_warm_without_room_says_what_to_do(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    home.pulled()
+    error = run(capsys, "warm", home.world.url, "--weights-memory", "64Ki", code=1)
+    assert "--weights-memory" in error
+    assert "0 B of 293.0 KiB are in memory" in error
+    assert rows(capsys)[home.world.url]["tiers"] == ["disk"]
+
+
+def test_what_is_not_here_is_pulled_first(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("verify", "warm"):
+        error = run(capsys, command, home.world.url, code=2)
+        assert f"ghostserve models pull {home.world.url}" in error
 
 
 @pytest.mark.parametrize(

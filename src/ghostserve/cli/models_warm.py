@@ -83,6 +83,8 @@ def warm(pool: Pool, model: ModelFiles, *, label: str, bar: Bar) -> Warmed:
     for file in missing:
         taken = PooledFile(pool, file, [(0, file.nbytes)], label=label, verify=sums.of(file))
         try:
+            if not taken.in_pool:
+                continue
             for begin in range(0, file.nbytes, STEP_BYTES):
                 end = min(begin + STEP_BYTES, file.nbytes)
                 taken.get(begin, end)
