@@ -88,10 +88,12 @@ def mount(
     from ghostserve.web.health_state import Limits
     from ghostserve.web.metrics import expose
     from ghostserve.web.routes import build_router
+    from ghostserve.web.weights_tiers import WeightsTiers
 
     kept = KeptEvents(page, config, traced=bool(getattr(arguments, "otlp_traces_endpoint", None)))
+    tiers = WeightsTiers()
     if at_end is not None:
-        at_end.append(kept.close)
+        at_end += [kept.close, lambda _code: tiers.close()]
     app.state.ghostserve_events = kept.log
     keys = api_keys(arguments.api_key, None, os.environ)
     separate = config.prefix_cache_salt_per_key and len(set(keys)) > 1
@@ -118,6 +120,7 @@ def mount(
             tell=page.events.tell,
             ui=config.ui,
             restart=restart,
+            weights=tiers.describe,
         )
     )
     expose(app, page)

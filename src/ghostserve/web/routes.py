@@ -125,6 +125,7 @@ def build_router(
     tell: Callable[[Event], object] = lambda event: None,
     ui: bool = False,
     restart: RestartCost | None = None,
+    weights: Callable[[], dict[str, Any]] | None = None,
 ) -> APIRouter:
     """The router to mount on the server's app. Injected faults are told to `tell`.
 
@@ -132,7 +133,7 @@ def build_router(
     With `admin_key`, fault injection wants that one, which then opens our other routes as well.
     `bound_host` is the value of `--host`, accepted in the Host header beside the loopback names.
     `in_schema` has the app's OpenAPI document name our routes, for tests. `ui`: with the page. `restart` measures what
-    a restart costs, where that is possible.
+    a restart costs, where that is possible. `weights` says what of them is in memory, without waiting.
     """
     keys = (*api_keys, *([admin_key] if admin_key and api_keys else []))
     strangers_out = Depends(guard(AccessPolicy(api_keys=keys, bound_host=bound_host)))
@@ -140,7 +141,7 @@ def build_router(
     if admin_key:
         injectors = AccessPolicy(api_keys=(admin_key,), bound_host=bound_host, key_name="admin key")
     router = APIRouter(include_in_schema=in_schema, route_class=OneSentenceRoute)
-    document = _document_of(page, fault_injection=fault_injection, restart=restart)
+    document = _document_of(page, fault_injection=fault_injection, restart=restart, weights=weights)
     _add_status(router, document, dependencies=[strangers_out])
     add_live(router, page, document, dependencies=[strangers_out])
     if events is not None:
@@ -159,7 +160,11 @@ def build_router(
 
 
 def _document_of(
-    page: Page, *, fault_injection: bool, restart: RestartCost | None
+    page: Page,
+    *,
+    fault_injection: bool,
+    restart: RestartCost | None,
+    weights: Callable[[], dict[str, Any]] | None,
 ) -> Callable[[], dict[str, Any]]:
     """What `/ghostserve/status` answers; raises 503 while there is nothing to tell."""
 
@@ -168,6 +173,7 @@ def _document_of(
         return {
             **state,
             "counters": dict(page.counters()),
+            **({"weights": weights()} if weights is not None else {}),
             "fault_injection": fault_injection,
             **(_injections(page) if fault_injection else {}),
             **({"restart": restart.describe()} if fault_injection and restart is not None else {}),

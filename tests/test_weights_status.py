@@ -1,0 +1,128 @@
+"""`ghostserve status` says where weights are, and waits for no holder; `serve URL` serves from the cache."""
+
+from __future__ import annotations
+
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from model_server import ModelServer, serving, tiny_model
+
+from ghostserve.cli import status
+from ghostserve.cli.serve_model import fetch_model
+from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.errors import UsageError
+from ghostserve.testing.fake_engine import FakeEngine
+from ghostserve.weights.pool_types import Counts, ImageKind, PoolStats
+from ghostserve.web.weights_tiers import WeightsTiers
+
+STATS = PoolStats(
+    budget_bytes=2**30,
+    used_bytes=3 * 2**20,
+    referenced_bytes=2**20,
+    pinned_bytes=0,
+    pins=0,
+    clients=1,
+    bytes={ImageKind.FILE: 2**20, ImageKind.RANK: 2 * 2**20},
+    entries={ImageKind.FILE: 1, ImageKind.RANK: 2},
+    counts={ImageKind.FILE: Counts(hits=1, misses=1), ImageKind.RANK: Counts(hits=2, misses=2, evictions=1)},
+    refusals={},
+)
+
+
+def waited_for(tiers: WeightsTiers, *, there: bool) -> None:
+    deadline_s = monotonic_s() + 10
+    while (tiers.describe()["memory"] is not None) != there:
+        assert monotonic_s() < deadline_s
+        sleep_s(0.005)
+
+
+def test_the_line_of_the_status() -> None:
+    answers: list[PoolStats | None] = [STATS]
+    tiers = WeightsTiers(lambda: answers[0], period_s=0.01)
+    engine = FakeEngine(outage_s=0)
+    try:
+        state = engine.read_state()
+        assert state is not None
+        assert "weights  " not in status.render(state)  # of a server that does not tell
+        waited_for(tiers, there=True)
+        text = status.render(state | {"weights": tiers.describe(), "weights_bytes": 5 * 2**20})
+        assert (
+            "weights   5.0 MiB on disk · in memory, of all models, 3.0 MiB of 1.0 GiB: 1.0 MiB files, 2.0 MiB ranks"
+            in text
+        )
+        assert "3 hits, 3 misses, 1 evictions" in text
+        answers[0] = None
+        waited_for(tiers, there=False)
+        text = status.render(state | {"weights": tiers.describe(), "weights_bytes": 5 * 2**20})
+        assert "5.0 MiB on disk · none kept in memory" in text
+    finally:
+        tiers.close()
+        engine.close()
+
+
+def test_a_holder_that_hangs_holds_no_reader_up() -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def hang() -> PoolStats | None:
+        asked.set()
+        go_on.wait(30)
+        return STATS
+
+    tiers = WeightsTiers(hang)
+    try:
+        assert asked.wait(10)
+        began_s = monotonic_s()
+        assert tiers.describe() == {"memory": None}
+        assert monotonic_s() - began_s < 0.5
+    finally:
+        go_on.set()
+        tiers.close()
+
+
+@pytest.fixture
+def world() -> Iterator[ModelServer]:
+    with serving(ModelServer(tiny_model(1000))) as made:
+        yield made
+
+
+def arguments(model: str, root: Path, **more: object) -> Namespace:
+    given: dict[str, object] = {
+        "model": model,
+        "model_tag": model,
+        "tokenizer": None,
+        "served_model_name": None,
+        "revision": None,
+        "load_format": "auto",
+        "download_dir": str(root),
+    }
+    return Namespace(**given | more)
+
+
+def test_serve_of_a_url_serves_the_folder_under_the_name_of_the_url(
+    tmp_path: Path, world: ModelServer
+) -> None:
+    given = arguments(world.url, tmp_path)
+    fetch_model(given)
+    assert (Path(given.model) / "model.safetensors").read_bytes() == world.files["model.safetensors"]
+    assert given.model_tag == given.model
+    assert given.served_model_name == [world.url]
+    named = arguments(world.url, tmp_path, served_model_name=["mine"], tokenizer=world.url)
+    fetch_model(named)
+    assert (named.served_model_name, named.tokenizer) == (["mine"], named.model)
+
+
+def test_other_models_are_left_to_vllm(tmp_path: Path, world: ModelServer) -> None:
+    for given in (
+        arguments("org/name", tmp_path),
+        arguments(str(tmp_path), tmp_path),
+        arguments(world.url, tmp_path, load_format="runai_streamer"),
+    ):
+        before = vars(given).copy()
+        fetch_model(given)
+        assert vars(given) == before
+    with pytest.raises(UsageError, match="--revision"):
+        fetch_model(arguments(world.url, tmp_path, revision="main"))
+    assert world.asked == []
