@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from model_server import ModelServer, serving, tiny_model
 
 from ghostserve.cli import status
 from ghostserve.cli.serve_model import fetch_model
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.config import GhostConfig
 from ghostserve.errors import UsageError
 from ghostserve.testing.fake_engine import FakeEngine
-from ghostserve.weights.pool_types import Counts, ImageKind, PoolStats
 from ghostserve.web.weights_tiers import WeightsTiers
+from ghostserve.weights.pool_types import Counts, ImageKind, PoolStats
+from model_server import ModelServer, serving, tiny_model
 
+CONFIG = GhostConfig()
 STATS = PoolStats(
     budget_bytes=2**30,
     used_bytes=3 * 2**20,
@@ -105,12 +107,12 @@ def test_serve_of_a_url_serves_the_folder_under_the_name_of_the_url(
     tmp_path: Path, world: ModelServer
 ) -> None:
     given = arguments(world.url, tmp_path)
-    fetch_model(given)
+    fetch_model(given, CONFIG)
     assert (Path(given.model) / "model.safetensors").read_bytes() == world.files["model.safetensors"]
     assert given.model_tag == given.model
     assert given.served_model_name == [world.url]
     named = arguments(world.url, tmp_path, served_model_name=["mine"], tokenizer=world.url)
-    fetch_model(named)
+    fetch_model(named, CONFIG)
     assert (named.served_model_name, named.tokenizer) == (["mine"], named.model)
 
 
@@ -121,8 +123,11 @@ def test_other_models_are_left_to_vllm(tmp_path: Path, world: ModelServer) -> No
         arguments(world.url, tmp_path, load_format="runai_streamer"),
     ):
         before = vars(given).copy()
-        fetch_model(given)
+        fetch_model(given, CONFIG)
         assert vars(given) == before
+    stock = arguments(world.url, tmp_path)
+    fetch_model(stock, GhostConfig(protection="none"))
+    assert stock.model == world.url
     with pytest.raises(UsageError, match="--revision"):
-        fetch_model(arguments(world.url, tmp_path, revision="main"))
+        fetch_model(arguments(world.url, tmp_path, revision="main"), CONFIG)
     assert world.asked == []

@@ -54,7 +54,7 @@ def prepare(arguments: Namespace, config: GhostConfig) -> None:
 
     Raises UsageError for a key that cannot be used. Without protection vLLM is as it is, but for keys from a file.
     """
-    fetch_model(arguments)
+    fetch_model(arguments, config)
     # Known to our configuration; vLLM keeps these arguments, and may show them.
     arguments.admin_api_key = None
     if config.api_key_file:

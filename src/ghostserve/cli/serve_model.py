@@ -6,18 +6,19 @@ from argparse import Namespace
 from pathlib import Path
 
 from ghostserve.cli.models_progress import Bar
+from ghostserve.config import GhostConfig
 from ghostserve.errors import UsageError
 from ghostserve.weights.pull import resolve
 from ghostserve.weights.remote_names import is_url
 
 
-def fetch_model(arguments: Namespace) -> None:
+def fetch_model(arguments: Namespace, config: GhostConfig) -> None:
     """Put the folder in the place of the URL; clients go on to name the model by its URL. Raises UsageError, WeightsError.
 
-    Whoever asks for vLLM's own streamer gets it.
+    Whoever asks for vLLM's own streamer, or for vLLM as it is, gets that.
     """
     url = str(arguments.model)
-    if not is_url(url) or str(arguments.load_format).startswith("runai"):
+    if not is_url(url) or config.protection == "none" or str(arguments.load_format).startswith("runai"):
         return
     if arguments.revision is not None:
         raise UsageError(
