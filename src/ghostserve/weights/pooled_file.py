@@ -14,12 +14,15 @@ import hashlib
 import json
 import logging
 
-from ghostserve.errors import PoolError, WeightsReadError
+from ghostserve.errors import PoolError
 from ghostserve.weights.arriving import Arriving, Bytes, private_memory
+from ghostserve.weights.bounded import STALL_S as BOUND_S
+from ghostserve.weights.bounded import answer_within
 from ghostserve.weights.checksums import Checksums
 from ghostserve.weights.mapping import Mapped
-from ghostserve.weights.model_files import WeightsFile, check_unchanged
+from ghostserve.weights.model_files import WeightsFile
 from ghostserve.weights.pool import Follow, Hit, Lease, Outcome, Pool, Refused
+from ghostserve.weights.source import Source
 from ghostserve.weights.watermark import Watermark
 
 logger = logging.getLogger(__name__)
@@ -38,11 +41,15 @@ def file_key(file: WeightsFile) -> str:
 
 def demand_unchanged(file: WeightsFile) -> None:
     """Raise a WeightsError unless the file is as it was when its header was read: who read it for us may not live to say so."""
-    try:
-        with file.path.open("rb") as opened:
-            check_unchanged(file, opened.fileno())
-    except OSError as error:
-        raise WeightsReadError(f"{file.path}: {error.strerror}; start again") from error
+
+    def look() -> None:
+        source = Source(file.path, direct=False)
+        try:
+            source.check_unchanged(nbytes=file.nbytes, mtime_ns=file.mtime_ns)
+        finally:
+            source.leave()
+
+    answer_within(BOUND_S, look, file.path)
 
 
 class PooledFile:
