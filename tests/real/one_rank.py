@@ -24,12 +24,15 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 import ghostserve.engine.loader  # noqa: F401
+from ghostserve.engine import logs
 from ghostserve.clock import monotonic_s
 from ghostserve.engine.load_format import for_newcomer
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
+    logs.join_vllm()
+    torch.accelerator.empty_cache = lambda: None  # as vLLM's runner for the CPU does
     config = EngineArgs(
         model=asked["model"],
         tensor_parallel_size=asked["ranks"],

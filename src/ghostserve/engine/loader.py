@@ -121,9 +121,8 @@ class GhostModelLoader(DefaultModelLoader):
                 f"{source.model_or_path}: has only pickled weights, which could run code: {CONVERT}"
             )
         paths = self._needed(source, folder, paths, index)
-        files = open_files(
-            map(Path, sorted(paths, key=weight_utils._natural_sort_key)), folder=Path(folder)
-        ).files
+        named = [Path(path) for path in sorted(paths, key=weight_utils._natural_sort_key)]
+        files = open_files(named, folder=Path(folder)).files
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = monotonic_s()
         return self._tensors(source.prefix, files)

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
 START_TIMEOUT_S = 5.0  # a holder that had to be started answers by then
+_RELAUNCH_S = 1.0  # where there are two, one goes away again
 _RETRY_S = 0.005
 
 
@@ -279,17 +280,20 @@ def _ask(link: Link, request: messages.Ask, wanted: type[A], timeout_s: float) -
 def _greet_or_launch(
     directory: Path, *, budget_bytes: int | None, timeout_s: float, idle_timeout_s: float | None
 ) -> None:
-    """Say hello to the holder; start one if nobody listens, and another if that one was about to end."""
-    deadline_s, launched = monotonic_s() + timeout_s, False
+    """Say hello to the holder; start one if nobody listens, and another if that one is not to be found either."""
+    deadline_s, launched_s = monotonic_s() + timeout_s, None
     while True:
         remaining_s = max(deadline_s - monotonic_s(), _RETRY_S)
         try:
             Link(directory, budget_bytes=budget_bytes, timeout_s=remaining_s).close()
             return
         except HolderGone:
-            if monotonic_s() >= deadline_s:
+            now_s = monotonic_s()
+            if now_s >= deadline_s:
                 raise
-        if not launched:
+        if launched_s is None or now_s - launched_s >= _RELAUNCH_S:
+            if launched_s is None:
+                deadline_s = max(deadline_s, now_s + START_TIMEOUT_S)
+            launched_s = now_s
             pool_start.launch(directory, budget_bytes=budget_bytes, idle_timeout_s=idle_timeout_s)
-            deadline_s, launched = max(deadline_s, monotonic_s() + START_TIMEOUT_S), True
         sleep_s(_RETRY_S)

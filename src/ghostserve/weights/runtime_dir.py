@@ -13,9 +13,11 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import PoolError
 
 RUNTIME_DIR_ENV = "GHOSTSERVE_RUNTIME_DIR"
+_RETRY_S = 0.005
 SOCKET_NAME, LOCK_NAME, LOG_NAME = "holder.sock", "holder.lock", "holder.log"
 
 
@@ -69,13 +71,23 @@ def address_in(fd: int) -> str:
 def connect(directory: Path, *, timeout_s: float) -> socket.socket:
     """A connection to whoever listens there; every later call on it is bounded by `timeout_s`.
 
-    OSError if nobody does, PoolError if the directory is not ours.
+    OSError if nobody does, or not in time, PoolError if the directory is not ours.
     """
+    deadline_s = monotonic_s() + timeout_s
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with opened(directory, make=False) as fd:
             sock.settimeout(timeout_s)
-            sock.connect(address_in(fd))
+            while True:
+                try:
+                    sock.connect(address_in(fd))
+                    break
+                except (
+                    BlockingIOError
+                ) as error:  # its queue is full, and the kernel does not wait for a place
+                    if monotonic_s() >= deadline_s:
+                        raise TimeoutError("its queue is full") from error
+                    sleep_s(_RETRY_S)
     except BaseException:
         sock.close()
         raise
