@@ -8,7 +8,6 @@ from pathlib import Path
 from ghostserve.cli.models_progress import Bar
 from ghostserve.config import GhostConfig
 from ghostserve.errors import UsageError
-from ghostserve.weights.pull import resolve
 from ghostserve.weights.remote_names import is_url
 
 
@@ -24,6 +23,8 @@ def fetch_model(arguments: Namespace, config: GhostConfig) -> None:
         raise UsageError(
             f"--revision {arguments.revision}: only models of the Hugging Face Hub have revisions, not {url}"
         )
+    from ghostserve.weights.pull import resolve  # and what it needs, only where it is needed
+
     with Bar(url) as bar:
         root = Path(arguments.download_dir) if arguments.download_dir else None
         folder = str(resolve(url, root=root, progress=bar).path)

@@ -25,6 +25,14 @@ from pathlib import Path
 from ghostserve.weights.remote_names import RemoteFile, folder_name
 from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
 
+OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
+TRUE = ("1", "true", "yes", "on")
+
+
+def offline(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user wants no network, said as to Hugging Face's library."""
+    return environment.get(OFFLINE_VARIABLE, "").lower() in TRUE
+
 
 def default_root(environment: Mapping[str, str] = os.environ) -> Path:
     """`$XDG_CACHE_HOME/ghostserve/models`, without it below `~/.cache`."""

@@ -25,8 +25,9 @@ from ghostserve.errors import (
     WeightsChecksumError,
     WeightsError,
 )
+from ghostserve.weights.cache import offline
 from ghostserve.weights.fetch import disk_full
-from ghostserve.weights.pull import SPARE_BYTES, Progress, Pulled, Silent, offline
+from ghostserve.weights.pull import SPARE_BYTES, Progress, Pulled, Silent
 from ghostserve.weights.remote_names import BESIDE, INDEX, WEIGHTS, choose, is_weights
 from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
 

@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Protocol
 
 from ghostserve.errors import DiskFullError, RemoteError, UsageError, WeightsChecksumError, WeightsError
-from ghostserve.weights.cache import KeptFile, ModelCache, Version, default_root
+from ghostserve.weights.cache import (
+    OFFLINE_VARIABLE,
+    KeptFile,
+    ModelCache,
+    Version,
+    default_root,
+    offline,
+)
 from ghostserve.weights.fetch import Sums, agrees, fetch, sums_of_bytes
 from ghostserve.weights.remote import Patience, Remote
 from ghostserve.weights.remote_names import SUMS, RemoteFile, checked_url, sums_of, version_of
 
 logger = logging.getLogger(__name__)
 
-OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
-TRUE = ("1", "true", "yes", "on")
 TELLING_BYTES = 2**20
 """Files up to this length are read again to learn what etags are."""
 SPARE_BYTES = 64 * 2**20
@@ -65,11 +70,6 @@ class Pulled:
     version: str
     nbytes: int
     fetched_bytes: int
-
-
-def offline(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the user wants no network, said as to Hugging Face's library."""
-    return environment.get(OFFLINE_VARIABLE, "").lower() in TRUE
 
 
 def pull(
