@@ -27,7 +27,7 @@ class ModelServer:
     ranges: bool = True
     errors: int = 0  # so many requests for weights get 503
     cuts: int = 0  # so many answers with weights end in the middle
-    stall_after: int | None = None  # so many bytes of weights are given, then nothing until `go_on`
+    stall_after: int | None = None  # of a file of weights only so many bytes are given until `go_on`
     corrupt: int = 0  # so many answers with weights have a flipped byte
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     weights_sent: int = 0
@@ -75,7 +75,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path.startswith("/api/models/"):
             self._hub()
             return
-        if name not in world.files:
+        if name not in world.files or self.path.startswith("/none/"):
             self._head(404, 0)
             return
         weights = name.endswith(".safetensors")
@@ -89,6 +89,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         extra = {"ETag": etag} if etag else {}
         if "/resolve/" in self.path:
             extra |= {"X-Repo-Commit": COMMIT, "ETag": f'"{_oid(name, data)}"'}
+        start = 0
         if asked and world.ranges:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             start, end = int(first), int(last) + 1 if last else len(data)
@@ -99,7 +100,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             part = data
             self._head(200, len(part), extra)
         if with_body:
-            self._body(part, weights=weights)
+            self._body(part, start, weights=weights)
 
     def _hub(self) -> None:
         """The two answers of the Hub's interface that a download needs."""
@@ -122,7 +123,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
 
-    def _body(self, part: bytes, *, weights: bool) -> None:
+    def _body(self, part: bytes, start: int, *, weights: bool) -> None:
         world = self.world
         if not weights:
             self.wfile.write(part)
@@ -132,7 +133,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         cut = len(part) // 2 if world.take("cuts") else len(part)
         with contextlib.suppress(OSError):  # the client was killed
             for at in range(0, cut, PIECE):
-                if world.stall_after is not None and world.weights_sent >= world.stall_after:
+                if world.stall_after is not None and start + at >= world.stall_after:
                     self.wfile.flush()
                     world.go_on.wait(60)
                 piece = part[at : min(at + PIECE, cut)]

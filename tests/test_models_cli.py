@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from huggingface_hub import constants
 
 from ghostserve.cli import main as cli
+from ghostserve.cli import models
+from ghostserve.cli.models import COMMANDS
 from ghostserve.cli.models_known import OnDisk, join
 from ghostserve.cli.models_ls import pool_line, table
 from ghostserve.clock import monotonic_s
@@ -274,6 +277,17 @@ def test_usage_errors_are_one_line(
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     assert cli.main(["models", *command, "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: ghostserve models")
+
+
+def test_the_commands_of_the_guide_are_ours() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
+    named = re.findall(r"^ghostserve models (\w+)(.*?)(?: #.*)?$", guide, re.MULTILINE)
+    assert {command for command, _ in named} == set(COMMANDS) - {"unpin"}
+    for command, words in named:
+        parsed = models._parser().parse_args([command, *re.findall(r"[\w-]+", words)])
+        assert parsed.command == command
+    for path in re.findall(r"`(tests/[\w/]+\.py)`", guide):
+        assert (Path(__file__).parents[1] / path).exists(), path
 
 
 def test_joining_is_by_name_or_by_folder() -> None:

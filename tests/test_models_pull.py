@@ -129,7 +129,7 @@ def test_a_pull_that_was_killed_goes_on_where_it_was(command: Command, world: Mo
 def test_a_second_process_waits_and_fetches_nothing(command: Command, world: ModelServer, kind: str) -> None:
     world.stall_after = 20_000_000
     first = command.start("pull", source(kind, world))
-    command.wait_partial(1)
+    command.wait_partial(ONE_CHUNK)
     second = command.start("pull", source(kind, world), "--json")
     assert second.stderr is not None
     assert "another process is fetching" in second.stderr.readline()
@@ -177,6 +177,22 @@ def test_offline_takes_what_is_there_and_says_what_to_do_otherwise(
     assert world.asked == []
 
 
+def test_a_hub_that_stumbles_is_asked_again_and_wrong_bytes_are_fetched_again(
+    command: Command, world: ModelServer
+) -> None:
+    world.errors, world.cuts, world.corrupt = 1, 1, 1
+    done = command.run("pull", MODEL)
+    assert done.returncode == 0, done.stderr
+    assert (world.errors, world.cuts, world.corrupt) == (0, 0, 0)
+    assert is_whole(Path(done.stdout.strip()), world)
+    world.files[WEIGHTS] += b"x"  # another version
+    world.corrupt = 1000
+    refused = command.run("pull", MODEL)
+    assert refused.returncode == 1
+    assert "SHA-256" in refused.stderr
+    assert command.partials() == []
+
+
 def test_ctrl_c_ends_it_soon_and_keeps_what_is_there(command: Command, world: ModelServer) -> None:
     world.stall_after = 20_000_000
     process = command.start("pull", world.url)
@@ -209,7 +225,7 @@ def test_a_model_of_the_hub_lies_where_serve_looks_for_it(command: Command, worl
     ("words", "said"),
     [
         (["ghost/none"], "there is no such model"),
-        (["{url}/none"], "neither a config.json nor weights"),
+        (["{other}"], "neither a config.json nor weights"),
         (["{url}", "--revision", "main"], "--revision main"),
         (["http://user:word@127.0.0.1/x"], "credentials come from the environment"),
         (["http://127.0.0.1:9/x"], "http://127.0.0.1:9/x"),
@@ -219,7 +235,7 @@ def test_a_model_of_the_hub_lies_where_serve_looks_for_it(command: Command, worl
 def test_what_cannot_be_had_is_one_line(
     command: Command, world: ModelServer, words: list[str], said: str
 ) -> None:
-    done = command.run("pull", *(word.format(url=world.url) for word in words))
+    done = command.run("pull", *(word.format(url=world.url, other=world.endpoint + '/none') for word in words))
     assert done.returncode in (1, 2)
     assert done.stdout == ""
     assert said in done.stderr

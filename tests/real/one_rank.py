@@ -24,8 +24,8 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 import ghostserve.engine.loader  # noqa: F401
-from ghostserve.engine import logs
 from ghostserve.clock import monotonic_s
+from ghostserve.engine import logs
 from ghostserve.engine.load_format import for_newcomer
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from model_server import ModelServer, serving
 
 from ghostserve.weights.pool_start import stop_holder
+from model_server import ModelServer, serving
 from real import kit
 from real.kit import SEEDED, TINY, Hurt, Served
 

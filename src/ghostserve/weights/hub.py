@@ -1,40 +1,34 @@
 """Models of the Hugging Face Hub, in its own cache, by its own library: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE as everywhere.
 
-The library fetches a file that was interrupted from its start. Weights have gigabytes each, so they are fetched here, into
-the same cache and under the same locks, and go on where they were; the library then finds them and makes the folder.
+The library fetches a file that was interrupted from its start. Weights have gigabytes each, so they are fetched by `hub_fetch`, and
+go on where they were; the library then finds them in its cache and makes the folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ghostserve.errors import (
     DiskFullError,
     RemoteError,
     UsageError,
-    WeightsChecksumError,
     WeightsError,
 )
 from ghostserve.weights.cache import offline
-from ghostserve.weights.fetch import disk_full
+from ghostserve.weights.hub_fetch import BlobFetcher, etag_of, length_of, partial_of, retried
 from ghostserve.weights.pull import SPARE_BYTES, Progress, Pulled, Silent
 from ghostserve.weights.remote_names import BESIDE, INDEX, WEIGHTS, choose, is_weights
-from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
+from ghostserve.weights.waiting_lock import locked
 
-FILES_AT_ONCE = 4
 FAST_VARIABLE = "HF_XET_HIGH_PERFORMANCE"
 """Who sets it wants the library's own way, with many streams and without going on where it was."""
-LARGE_BYTES = 10**7
 
 
 def pull(
@@ -111,10 +105,6 @@ def _found(model: str, *, revision: str | None, download_dir: Path | None) -> Pu
     return Pulled(model=model, path=path, version=path.name, nbytes=nbytes, fetched_bytes=0)
 
 
-class _Interrupted(Exception):
-    """Another file has failed, or the user has had enough."""
-
-
 class _Pull:
     """One pull. Weights are fetched by several threads."""
 
@@ -129,14 +119,13 @@ class _Pull:
         self._locks = self._cache / ".locks" / name
         self._api = HfApi()
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
         self._fetched_bytes = 0
 
     def run(self) -> Pulled:
         from huggingface_hub import RepoFile, snapshot_download
 
-        commit = self._api.model_info(self._model, revision=self._revision).sha
-        tree = self._api.list_repo_tree(self._model, revision=commit)
+        commit = retried(lambda: self._api.model_info(self._model, revision=self._revision)).sha
+        tree = retried(lambda: list(self._api.list_repo_tree(self._model, revision=commit)))
         files = {file.path: file for file in tree if isinstance(file, RepoFile)}
         chosen = choose(files, where=self._model)
         self._blobs.mkdir(parents=True, exist_ok=True)
@@ -146,7 +135,10 @@ class _Pull:
         ):
             self._demand_room([files[name] for name in chosen])
             if os.environ.get(FAST_VARIABLE, "") in ("", "0"):
-                self._fetch([files[name] for name in chosen if is_weights(name)], str(commit))
+                weights = [files[name] for name in chosen if is_weights(name)]
+                BlobFetcher(
+                    self._model, str(commit), self._blobs, self._locks, on_bytes=self._on_bytes
+                ).fetch(weights)
             beside = [name for name in chosen if not is_weights(name)]
             if self._download_dir is not None:
                 snapshot_download(
@@ -169,14 +161,14 @@ class _Pull:
         )
 
     def _sizes(self) -> list[tuple[str, int]]:
-        return [(entry.name, _length(Path(entry.path))) for entry in os.scandir(self._blobs)]
+        return [(entry.name, length_of(Path(entry.path))) for entry in os.scandir(self._blobs)]
 
     def _demand_room(self, files: list[Any]) -> None:
         total = sum(file.size for file in files)
         there = sum(
             file.size
-            if (blob := self._blobs / _etag(file)).exists()
-            else min(file.size, _length(_partial(blob)))
+            if (blob := self._blobs / etag_of(file)).exists()
+            else min(file.size, length_of(partial_of(blob)))
             for file in files
         )
         free = shutil.disk_usage(self._blobs).free
@@ -187,117 +179,16 @@ class _Pull:
             )
         self._show.begin(total, there)
 
-    def _fetch(self, files: list[Any], commit: str) -> None:
-        """All weights that are not there yet; the first error ends the others, too."""
-        with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="pull") as pool:
-            waiting = [pool.submit(self._fetch_one, file, commit) for file in files]
-            try:
-                for one in waiting:
-                    one.result()
-            except BaseException:
-                self._stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _fetch_one(self, file: Any, commit: str) -> None:
-        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import WeakFileLock, build_hf_headers
-
-        blob = self._blobs / _etag(file)
-        if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
-            return  # only the library's own protocol gives it
-        with WeakFileLock(self._locks / f"{blob.name}.lock", timeout=NO_PROGRESS_S):
-            if blob.exists():
-                return
-            partial = _partial(blob)
-            url = hf_hub_url(self._model, file.path, revision=commit)
-            location, headers = get_hf_file_metadata(url).location, build_hf_headers()
-            if urlsplit(location).netloc != urlsplit(url).netloc:
-                headers.pop("authorization", None)
-            with open(partial, "ab") as into:
-                have = into.tell()
-                if have > file.size:
-                    into.truncate(have := 0)
-                try:
-                    http_get(
-                        location,
-                        into,
-                        resume_size=have,
-                        headers=headers,
-                        expected_size=file.size,
-                        tqdm_class=_bar_for(self._on_bytes),
-                    )
-                    into.flush()
-                    os.fsync(into.fileno())
-                except OSError as error:
-                    there = _length(partial)
-                    raise disk_full(error, partial, there=there, nbytes=file.size) or error from error
-            self._check(file, partial)
-            partial.replace(blob)
-
-    def _check(self, file: Any, partial: Path) -> None:
-        """The Hub gives the SHA-256 of what it keeps as a large file."""
-        if file.lfs is None:
-            return
-        with open(partial, "rb") as data:
-            found = hashlib.file_digest(data, "sha256").hexdigest()
-        if found != file.lfs.sha256:
-            partial.unlink()
-            raise WeightsChecksumError(
-                f"{self._model}/{file.path}: what arrived has SHA-256 {found}, the Hub says {file.lfs.sha256}: pull again"
-            )
-
     def _on_bytes(self, nbytes: int) -> None:
-        if self._stopped.is_set():
-            raise _Interrupted
         with self._lock:
             self._fetched_bytes += max(0, nbytes)
             self._show.advance(nbytes)
 
 
-def _etag(file: Any) -> str:
-    """The name of its blob in the cache."""
-    return str(file.lfs.sha256 if file.lfs is not None else file.blob_id)
-
-
-def _partial(blob: Path) -> Path:
-    return blob.with_name(f"{blob.name}.partial")
-
-
-def _length(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _bar_for(on_bytes: Callable[[int], None]) -> Any:
-    """What `http_get` takes for a progress bar: passes on how much arrived."""
-
-    class Bar:
-        def __init__(self, *_words: Any, **_options: Any) -> None:
-            pass
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_error: Any) -> None:
-            pass
-
-        def update(self, nbytes: float | None = 1) -> None:
-            on_bytes(int(nbytes or 0))
-
-        def close(self) -> None:
-            pass
-
-    return Bar
-
-
 def _no_bar() -> Any:
     from tqdm.auto import tqdm
 
-    class Disabled(tqdm):  # type: ignore[type-arg]
+    class Disabled(tqdm):  # type: ignore[misc]
         def __init__(self, *words: Any, **options: Any) -> None:
             options.pop("name", None)
             super().__init__(*words, **{**options, "disable": True})

@@ -100,7 +100,9 @@ def checked_name(name: str, *, where: str) -> str:
 
 def wanted(name: str) -> bool:
     """Whether serving may need it. Hidden files are somebody's own."""
-    return not name.startswith(".") and any(fnmatch.fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *BESIDE))
+    return not name.startswith(".") and any(
+        fnmatch.fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *BESIDE)
+    )
 
 
 def is_weights(name: str) -> bool:
