@@ -52,6 +52,9 @@ PURE = {  # decide, and do nothing: no torch, no clock, no process; tested in mi
     "shadow/scrub.py",
     "shadow/step_plan.py",
     "shadow/unwritten.py",
+    "weights/dtypes.py",
+    "weights/header.py",
+    "weights/ranges.py",
 }
 NOT_PURE = {
     "torch",
