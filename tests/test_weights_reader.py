@@ -9,7 +9,7 @@ import os
 import random
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,18 @@ def test_files_of_every_length(tmp_path: Path, nbytes: int, direct: bool | None)
     assert stats.reads == -(-nbytes // CHUNK)
     assert ready == sorted(set(ready))
     assert ready[-1:] == ([nbytes] if nbytes else [])
+
+
+@pytest.mark.parametrize("shift", [1, 512, PAGE])
+def test_what_cannot_be_read_in_place_is_copied(tmp_path: Path, shift: int) -> None:
+    """And still comes past the page cache: a direct read into memory at an odd place would be refused."""
+    content = write_bytes_file(tmp_path / "x", 5 * CHUNK + 9)
+    memory = mmap.mmap(-1, len(content) + PAGE)
+    ranges = [Range(0, len(content), shift)]
+    stats = read_ranges(tmp_path / "x", ranges, memoryview(memory), direct=True, chunk_bytes=CHUNK)
+    assert memory[shift : shift + len(content)] == content
+    assert stats.bytes_direct == 5 * CHUNK
+    assert stats.bytes_copied == (0 if shift == PAGE else len(content))
 
 
 def test_direct_is_past_the_page_cache_and_the_rest_is_not(tmp_path: Path) -> None:
@@ -188,6 +200,25 @@ def test_the_watermark_means_what_it_says(tmp_path: Path) -> None:
         on_ready=told,
     )
     assert seen == len(content)  # fmt: skip
+
+
+def test_the_watermark_waits_for_the_first_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others are done long before it."""
+    content = write_bytes_file(tmp_path / "x", 10 * CHUNK)
+    others, real = threading.Semaphore(0), Source.read
+
+    def read(self: Source, offset: int, into: memoryview, moved: Callable[[int], None]) -> int:
+        if offset == 0:
+            for _ in range(9):
+                assert others.acquire(timeout=20)
+        done = real(self, offset, into, moved)
+        others.release()
+        return done
+
+    monkeypatch.setattr(Source, "read", read)
+    data, _stats, ready = whole(tmp_path / "x")
+    assert data == content
+    assert ready == [len(content)]
 
 
 def test_what_the_callback_raises_ends_the_read(tmp_path: Path) -> None:

@@ -171,9 +171,7 @@ class Source:
                 self._refuses_direct = True
                 return done
             moved(count)
-            count -= (
-                count % ALIGN_BYTES
-            )  # after a short read what is behind the last whole block is read again
+            count -= count % ALIGN_BYTES  # after a short read the block that it ended in is read again
             if count == 0:
                 return done
             done += count
