@@ -1,8 +1,7 @@
-"""`ghostserve status` says where weights are, and waits for no holder; `serve URL` serves from the cache."""
+"""`ghostserve status` says where weights are; `serve URL` serves from the cache."""
 
 from __future__ import annotations
 
-import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,12 @@ import pytest
 
 from ghostserve.cli import status
 from ghostserve.cli.serve_model import fetch_model
-from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.config import GhostConfig
 from ghostserve.errors import UsageError
 from ghostserve.testing.fake_engine import FakeEngine
-from ghostserve.web.weights_tiers import WeightsTiers
-from ghostserve.weights.pool_types import Counts, ImageKind, PoolStats
+from ghostserve.web.weights_pool import PoolReading, after
+from ghostserve.web.weights_tiers import describe
+from ghostserve.weights.pool_types import Counts, ImageKind, PoolStats, Refusal
 from model_server import ModelServer, serving, tiny_model
 
 CONFIG = GhostConfig()
@@ -30,58 +29,24 @@ STATS = PoolStats(
     bytes={ImageKind.FILE: 2**20, ImageKind.RANK: 2 * 2**20},
     entries={ImageKind.FILE: 1, ImageKind.RANK: 2},
     counts={ImageKind.FILE: Counts(hits=1, misses=1), ImageKind.RANK: Counts(hits=2, misses=2, evictions=1)},
-    refusals={},
+    refusals=dict.fromkeys(Refusal, 0),
 )
 
 
-def waited_for(tiers: WeightsTiers, *, there: bool) -> None:
-    deadline_s = monotonic_s() + 10
-    while (tiers.describe()["memory"] is not None) != there:
-        assert monotonic_s() < deadline_s
-        sleep_s(0.005)
-
-
 def test_the_line_of_the_status() -> None:
-    answers: list[PoolStats | None] = [STATS]
-    tiers = WeightsTiers(lambda: answers[0], period_s=0.01)
     engine = FakeEngine(outage_s=0)
     try:
         state = engine.read_state()
-        assert state is not None
-        assert "weights  " not in status.render(state)  # of a server that does not tell
-        waited_for(tiers, there=True)
-        text = status.render(state | {"weights": tiers.describe(), "weights_bytes": 5 * 2**20})
-        assert (
-            "weights   5.0 MiB on disk · in memory, of all models, 3.0 MiB of 1.0 GiB: 1.0 MiB files, 2.0 MiB ranks"
-            in text
-        )
-        assert "3 hits, 3 misses, 1 evictions" in text
-        answers[0] = None
-        waited_for(tiers, there=False)
-        text = status.render(state | {"weights": tiers.describe(), "weights_bytes": 5 * 2**20})
-        assert "5.0 MiB on disk · none kept in memory" in text
     finally:
-        tiers.close()
         engine.close()
-
-
-def test_a_holder_that_hangs_holds_no_reader_up() -> None:
-    asked, go_on = threading.Event(), threading.Event()
-
-    def hang() -> PoolStats | None:
-        asked.set()
-        go_on.wait(30)
-        return STATS
-
-    tiers = WeightsTiers(hang)
-    try:
-        assert asked.wait(10)
-        began_s = monotonic_s()
-        assert tiers.describe() == {"memory": None}
-        assert monotonic_s() - began_s < 0.5
-    finally:
-        go_on.set()
-        tiers.close()
+    assert state is not None
+    assert "weights  " not in status.render(state)  # of a server that does not tell
+    state["weights_bytes"] = 5 * 2**20
+    text = status.render(state | {"weights": describe(after(PoolReading(), STATS, None))})
+    assert "weights   5.0 MiB on disk · in memory, of all models, 3.0 MiB of 1.0 GiB: 1.0 MiB files, 2.0 MiB ranks" in text
+    assert "3 hits, 3 misses, 1 evictions" in text
+    text = status.render(state | {"weights": describe(PoolReading())})
+    assert "weights   5.0 MiB on disk · none kept in memory" in text
 
 
 @pytest.fixture

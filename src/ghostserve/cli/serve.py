@@ -88,12 +88,13 @@ def mount(
     from ghostserve.web.health_state import Limits
     from ghostserve.web.metrics import expose
     from ghostserve.web.routes import build_router
-    from ghostserve.web.weights_tiers import WeightsTiers
+    from ghostserve.web.weights_pool import PoolWatch
+    from ghostserve.web.weights_tiers import describe
 
     kept = KeptEvents(page, config, traced=bool(getattr(arguments, "otlp_traces_endpoint", None)))
-    tiers = WeightsTiers()
+    pool = PoolWatch()
     if at_end is not None:
-        at_end += [kept.close, lambda _code: tiers.close()]
+        at_end += [kept.close, lambda status: pool.close()]
     app.state.ghostserve_events = kept.log
     keys = api_keys(arguments.api_key, None, os.environ)
     separate = config.prefix_cache_salt_per_key and len(set(keys)) > 1
@@ -120,10 +121,10 @@ def mount(
             tell=page.events.tell,
             ui=config.ui,
             restart=restart,
-            weights=tiers.describe,
+            weights=lambda: describe(pool.reading),
         )
     )
-    expose(app, page)
+    expose(app, page, lambda: pool.reading)
 
 
 async def _generate(engine: Any) -> None:

@@ -205,7 +205,7 @@ class HolderServer:
         client.greeted = True
         if hello.budget_bytes is not None and hello.budget_bytes != self._book.budget_bytes:
             logger.info("the budget is %d bytes from now on", hello.budget_bytes)
-            self._perform(self._book.set_budget(hello.budget_bytes))
+            self._perform(self._book.set_budget(hello.budget_bytes, now_s=monotonic_s()))
         self._send(client, messages.Welcome())
 
     def _publish(self, client: _Client, meta_bytes: int) -> None:
@@ -236,7 +236,7 @@ class HolderServer:
                 return messages.Refused(why=Refusal.OTHER.value, reason="too much is pinned already")
             return messages.Done(entries=count)
         if ask.what == "unpin":
-            was_pinned, actions = self._book.unpin(ask.name)
+            was_pinned, actions = self._book.unpin(ask.name, now_s=monotonic_s())
             self._perform(actions)
             return messages.Done(entries=int(was_pinned))
         count, in_use, actions = self._book.drop(ask.name)
