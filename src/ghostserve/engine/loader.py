@@ -25,7 +25,9 @@ from ghostserve.engine.loader_files import FileBytes, tensors
 from ghostserve.engine.rank_made_of import made_of
 from ghostserve.errors import UnsafeWeightsError
 from ghostserve.weights.arriving import Arriving, private_memory
-from ghostserve.weights.model_files import CONVERT, WeightsFile, open_files
+from ghostserve.weights.checksum_file import ChecksumFile
+from ghostserve.weights.checksums import Checksums
+from ghostserve.weights.model_files import CONVERT, ModelFiles, WeightsFile, open_files
 from ghostserve.weights.pool import TIMEOUT_S, Pool
 from ghostserve.weights.pooled_file import PooledFile
 from ghostserve.weights.rank_image import image_key
@@ -122,7 +124,7 @@ class GhostModelLoader(DefaultModelLoader):
             )
         paths = self._needed(source, folder, paths, index)
         named = [Path(path) for path in sorted(paths, key=weight_utils._natural_sort_key)]
-        files = open_files(named, folder=Path(folder)).files
+        files = open_files(named, folder=Path(folder))
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = monotonic_s()
         return self._tensors(source.prefix, files)
@@ -143,32 +145,37 @@ class GhostModelLoader(DefaultModelLoader):
             paths = weight_utils.filter_safetensors_files_by_weight_name(paths, source.is_unused_weight)
         return paths
 
-    def _tensors(
-        self, prefix: str, files: tuple[WeightsFile, ...]
-    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+    def _tensors(self, prefix: str, model: ModelFiles) -> Generator[tuple[str, torch.Tensor], None, None]:
         shown = weight_utils.tqdm(
-            files,
+            model.files,
             desc="Loading safetensors checkpoint shards",
             disable=not weight_utils.enable_tqdm(self.load_config.use_tqdm_on_load),
             bar_format=weight_utils._BAR_FORMAT,
         )
         local_experts = self.local_expert_ids
+        checksums = ChecksumFile(model)
+
+        def open_bytes(file: WeightsFile, spans: list[tuple[int, int]]) -> FileBytes:
+            return self._open(file, spans, checksums.of(file))
+
         for name, tensor in tensors(
-            shown, self._open, lambda name: not should_skip_weight(name, local_experts)
+            shown, open_bytes, lambda name: not should_skip_weight(name, local_experts)
         ):
             yield prefix + name, tensor
+        if checksums.learned and not self._in_recovery:
+            checksums.save()
 
-    def _open(self, file: WeightsFile, spans: list[tuple[int, int]]) -> FileBytes:
+    def _open(self, file: WeightsFile, spans: list[tuple[int, int]], verify: Checksums) -> FileBytes:
         """Several ranks share what one of them reads; one alone reads only what it wants, past the page cache."""
         several = get_tensor_model_parallel_world_size() > 1
         if several and self._pool is not None and not self._in_recovery:
-            return PooledFile(self._pool, file, spans, label=self._label, verify=None)
+            return PooledFile(self._pool, file, spans, label=self._label, verify=verify)
         return Arriving(
             file,
             spans,
             private_memory(file),
             direct=False if several and not self._in_recovery else None,
-            verify=None,
+            verify=verify,
         )
 
 
