@@ -43,7 +43,10 @@ def test_the_line_of_the_status() -> None:
     assert "weights  " not in status.render(state)  # of a server that does not tell
     state["weights_bytes"] = 5 * 2**20
     text = status.render(state | {"weights": describe(after(PoolReading(), STATS, None))})
-    assert "weights   5.0 MiB on disk · in memory, of all models, 3.0 MiB of 1.0 GiB: 1.0 MiB files, 2.0 MiB ranks" in text
+    assert (
+        "weights   5.0 MiB on disk · in memory, of all models, 3.0 MiB of 1.0 GiB: 1.0 MiB files, 2.0 MiB ranks"
+        in text
+    )
     assert "3 hits, 3 misses, 1 evictions" in text
     text = status.render(state | {"weights": describe(PoolReading())})
     assert "weights   5.0 MiB on disk · none kept in memory" in text
