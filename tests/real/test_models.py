@@ -18,7 +18,13 @@ from real import kit
 from real.kit import SEEDED, TINY, Hurt, Served
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 FLAGS = ("--dtype", "float32", "--enforce-eager")
 
 
@@ -34,8 +40,22 @@ class Home:
         return {"GHOSTSERVE_RUNTIME_DIR": str(self.path / "run")}
 
     def models(self, *words: str) -> str:
-        argv = [sys.executable, "-m", "ghostserve.cli.main", "models", *words, "--download-dir", str(self.path / "models")]
-        done = subprocess.run(argv, env=os.environ | self.environment, capture_output=True, text=True, timeout=120)
+        argv = [
+            sys.executable,
+            "-m",
+            "ghostserve.cli.main",
+            "models",
+            *words,
+            "--download-dir",
+            str(self.path / "models"),
+        ]
+        done = subprocess.run(
+            argv,
+            env=os.environ | self.environment | {"HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -43,7 +63,9 @@ class Home:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     path = tmp_path_factory.mktemp("home")
-    with serving(ModelServer({name: (TINY / name).read_bytes() for name in FILES if (TINY / name).exists()})) as world:
+    with serving(
+        ModelServer({name: (TINY / name).read_bytes() for name in FILES if (TINY / name).exists()})
+    ) as world:
         try:
             yield Home(path, world)
         finally:
@@ -68,7 +90,9 @@ def test_it_is_served_from_the_cache_and_from_memory(home: Home, served: Served)
     assert served.run(SEEDED).error is None
     assert home.world.asked == []
     status = served.server.wait_status(
-        lambda status: bool((status.get("weights") or {}).get("memory")), timeout_s=20, what="the pool's numbers"
+        lambda status: bool((status.get("weights") or {}).get("memory")),
+        timeout_s=20,
+        what="the pool's numbers",
     )
     assert status["weights"]["memory"]["hits_total"] > 0
     (row,) = json.loads(home.models("ls", "--json"))
