@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +105,27 @@ def test_a_pull_prints_the_folder_and_a_second_one_fetches_nothing(
     assert world.weights_sent == sent
     assert "fetched" not in again.stderr  # and no bar, since nobody looks at a terminal
     assert "\r" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["url", "hub"])
+def test_on_a_terminal_a_bar_shows_how_far_it_is(command: Command, world: ModelServer, kind: str) -> None:
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    argv = [sys.executable, "-m", "ghostserve.cli.main", "models", "pull", source(kind, world)]
+    process = subprocess.Popen(
+        argv, env=command.environment, stdout=subprocess.PIPE, stderr=theirs, text=True
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # as Linux ends a terminal that nobody writes to any more
+        while data := os.read(ours, 65536):
+            shown += data
+    os.close(ours)
+    out, _ = process.communicate(timeout=40)
+    assert process.returncode == 0
+    assert is_whole(Path(out.strip()), world)
+    assert b"100%" in shown
+    assert shown.count(b"\r") > 1
 
 
 @pytest.mark.parametrize("kind", ["url", "hub"])
@@ -235,7 +258,9 @@ def test_a_model_of_the_hub_lies_where_serve_looks_for_it(command: Command, worl
 def test_what_cannot_be_had_is_one_line(
     command: Command, world: ModelServer, words: list[str], said: str
 ) -> None:
-    done = command.run("pull", *(word.format(url=world.url, other=world.endpoint + '/none') for word in words))
+    done = command.run(
+        "pull", *(word.format(url=world.url, other=world.endpoint + "/none") for word in words)
+    )
     assert done.returncode in (1, 2)
     assert done.stdout == ""
     assert said in done.stderr

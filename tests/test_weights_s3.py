@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ghostserve.errors import BadWeightsFileError, RemoteError
+from ghostserve.errors import BadWeightsFileError, RemoteError, UsageError
 from ghostserve.weights.cache import ModelCache
 from ghostserve.weights.pull import Pulled, pull
-from ghostserve.weights.remote import Patience, Remote
+from ghostserve.weights.remote import Patience, Remote, profile_credentials
 from model_server import tiny_model
 
 boto3 = pytest.importorskip("boto3")
@@ -164,3 +164,21 @@ def test_no_server_is_said_within_its_bound(tmp_path: Path, store: Store) -> Non
     store.environment["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
     with pytest.raises(RemoteError, match=r"127\.0\.0\.1:9"):
         store.pull(tmp_path)
+
+
+def test_profiles_are_read_where_the_environment_has_no_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials = tmp_path / ".aws" / "credentials"
+    credentials.parent.mkdir()
+    credentials.write_text("[team]\naws_access_key_id = of-the-team\naws_secret_access_key = x\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    provider = profile_credentials({"AWS_PROFILE": "team"})
+    assert provider()["access_key_id"] == "of-the-team"
+    assert profile_credentials({"AWS_PROFILE": "team", "AWS_ACCESS_KEY_ID": "x"}) is None
+    with pytest.raises(UsageError, match="no-such-profile"):
+        profile_credentials({"AWS_PROFILE": "no-such-profile"})
+    credentials.unlink()
+    assert profile_credentials({}) is None

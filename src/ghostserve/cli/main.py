@@ -119,7 +119,9 @@ def code_unheard(argv: Sequence[str]) -> int:
 
     A demo that was cut short has checked nothing and must not pass for a success.
     """
-    told = bool(argv) and (argv[0] in ONLY_TELLS or bool(HELP & set(argv)))
+    told = bool(argv) and (
+        argv[0] in ONLY_TELLS or bool(HELP & set(argv)) or list(argv[:2]) == ["models", "ls"]
+    )
     return 0 if told else EXIT_UNHEARD
 
 

@@ -68,7 +68,7 @@ class Remote:
                 "AWS_ENDPOINT_URL", ""
             )
             extra["config"] = {"endpoint": endpoint} if endpoint else {}
-            if (provider := _profile(self._environment)) is not None:
+            if (provider := profile_credentials(self._environment)) is not None:
                 extra["credential_provider"] = provider
         retry_s = timedelta(seconds=self._patience.retry_s)
         try:
@@ -214,7 +214,7 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].strip().rstrip(":")[:400]
 
 
-def _profile(environment: Mapping[str, str]) -> Any:
+def profile_credentials(environment: Mapping[str, str]) -> Any:
     """Credentials of ~/.aws, which only boto3 reads, where it is installed and the environment names none."""
     profile = environment.get("AWS_PROFILE")
     if environment.get("AWS_ACCESS_KEY_ID") or environment.get("AWS_SKIP_SIGNATURE"):
