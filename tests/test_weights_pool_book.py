@@ -441,5 +441,5 @@ class Anything(RuleBasedStateMachine):
             assert book.holds(client) is given, "who has nothing was told so"
 
 
-Anything.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Anything.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestAnything = Anything.TestCase
