@@ -10,7 +10,6 @@ from typing import Any
 from ghostserve.config import GhostConfig
 from ghostserve.errors import UnsafeWeightsError
 from ghostserve.weights.model_files import CONVERT, PICKLES
-from ghostserve.weights.remote_names import is_url
 
 LOAD_FORMAT = "ghostserve"
 STOCK = "auto"
@@ -41,7 +40,7 @@ def _only_for_vllm(arguments: Namespace) -> bool:
     return (
         bool(arguments.model_loader_extra_config)
         or arguments.safetensors_load_strategy is not None
-        or ("://" in model and not is_url(model))  # object storage that only vLLM reads
+        or "://" in model  # object storage
         or Path(model).is_file()
     )
 
