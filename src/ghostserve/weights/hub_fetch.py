@@ -54,7 +54,7 @@ class BlobFetcher:
         with WeakFileLock(self._locks / f"{blob.name}.lock", timeout=NO_PROGRESS_S):
             if blob.exists():
                 return
-            partial = partial_of(blob)
+            partial, found = partial_of(blob), None
             for _ in range(2):
                 retried(lambda: self._go_on(file, partial))
                 found = _sha256(partial) if file.lfs is not None else None
