@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
@@ -14,9 +15,9 @@ from ghostserve.testing.fake_server import build_app
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine, *, port: int = 0) -> Iterator[tuple[str, uvicorn.Server]]:
-    """(URL, server); its end waits for streams, which must not hold it up."""
-    app = build_app(engine)
+def serving(engine: FakeEngine, *, port: int = 0, **rules: Any) -> Iterator[tuple[str, uvicorn.Server]]:
+    """(URL, server); its end waits for streams, which must not hold it up. `rules` are those of `build_app`."""
+    app = build_app(engine, **rules)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     app.state.server = server
     thread = threading.Thread(target=server.run, daemon=True)

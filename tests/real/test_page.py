@@ -12,8 +12,9 @@ from browser_kit import WIDE, Visit, chromium_or_not_run
 from real import kit
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+ADMIN_KEY = "chief"
 TOKENS, STRUCK_AT = (
-    3000,
+    2000,
     250,
 )  # a key takes some tenths of a second, on a busy machine seconds, and a step a few milliseconds
 
@@ -26,8 +27,8 @@ def running() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def served(running: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Served]:
-    flags = ("--dtype", "float32", "--enforce-eager", "--ui")
-    served = kit.serve(tmp_path_factory.mktemp("page"), "page", *flags)
+    flags = ("--dtype", "float32", "--enforce-eager", "--ui", "--admin-api-key", ADMIN_KEY)
+    served = kit.serve(tmp_path_factory.mktemp("page"), "page", *flags, door=kit.Door(admin_key=ADMIN_KEY))
     try:
         yield served
     finally:
@@ -38,7 +39,8 @@ def served(running: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def page(running: Browser, served: kit.Served) -> Iterator[Visit]:
     served.settle()
     visit = Visit(running.new_context(viewport=WIDE), served.server.base_url)
-    expect(visit.page.locator("#rank-1 .state")).to_have_text("alive")
+    visit.page.evaluate("key => sessionStorage.setItem('ghostserve-admin-key', key)", ADMIN_KEY)
+    visit.shows("#rank-1 .state", "alive")
     yield visit
     assert visit.errors == []
     visit.page.context.close()
@@ -92,13 +94,27 @@ def test_a_hang_from_the_menu(page: Visit, served: kit.Served) -> None:
     assert served.recoveries() == before + 1
 
 
+def test_without_the_admin_key_nobody_is_killed(page: Visit, served: kit.Served) -> None:
+    page.page.evaluate("() => sessionStorage.clear()")
+    before, kill = served.recoveries(), page.page.get_by_role("button", name="Kill rank 1")
+    kill.press("Enter")
+    page.shows("#notice", "faults on this server want its admin key")
+    assert served.recoveries() == before
+    page.page.keyboard.type(ADMIN_KEY)
+    page.page.keyboard.press("Enter")
+    expect(kill).to_be_focused()
+    kill.press("Enter")
+    page.outcome("while nothing was asked for")
+    assert served.recoveries() == before + 1
+
+
 @pytest.mark.slow  # it starts a second server
 def test_what_other_answers_to_a_loss_cost(page: Visit, served: kit.Served) -> None:
     strike(page, "Kill rank 1")
     page.outcome("✓", seconds=90)
     page.page.get_by_role("button", name="Measure").click()
     values = page.page.locator("#costs .value")
-    expect(page.page.locator("#measure-progress")).to_contain_text("measured by starting", timeout=90_000)
+    page.shows("#measure-progress", "measured by starting", seconds=90)
     expect(values.nth(2)).to_have_text(re.compile(r"^[\d.]+ (ms|s)$"), timeout=240_000)
     assert re.fullmatch(r"[\d.]+ (ms|s)", values.nth(1).inner_text())
     status = served.server.status()

@@ -138,7 +138,8 @@ def serve(argv: Sequence[str], mount: Mount, prepare: Prepare) -> int:
 
 
 def _started(arguments: Namespace) -> ServerStarted:
-    model, ranks = str(arguments.model), int(arguments.tensor_parallel_size)
+    names = arguments.served_model_name or arguments.model
+    model, ranks = names if isinstance(names, str) else names[0], int(arguments.tensor_parallel_size)
     return ServerStarted(pid=os.getpid(), version=ghostserve.__version__, model=model, ranks=ranks)
 
 

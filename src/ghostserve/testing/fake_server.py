@@ -31,7 +31,7 @@ STALL_S, READY_S = 300.0, 10.0  # as by default
 class FakeRestart:
     """Measures nothing: `seconds` after it was asked it says that it took so long."""
 
-    def __init__(self, seconds: float = 2.5) -> None:
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._began_s: float | None = None
 
@@ -58,6 +58,7 @@ def build_app(
     in_schema: bool = False,
     ui: bool = True,
     event_log: bool = True,
+    restart_s: float = 2.5,
 ) -> FastAPI:
     """The app: our routes and middlewares over `engine`, and as much of the OpenAI API as the page and the demo use."""
     app = FastAPI()
@@ -78,7 +79,7 @@ def build_app(
             events=engine.log if event_log else None,
             tell=engine.events.tell,
             ui=ui,
-            restart=FakeRestart(),
+            restart=FakeRestart(restart_s),
         )
     )
 

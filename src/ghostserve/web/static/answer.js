@@ -32,9 +32,9 @@ export async function complete({prompt, tokens, signal, onPiece}) {
   throw new Error("the stream ended early");
 }
 
-// The longest wait for a token that ended after `sinceMs`: what a reader had to sit through.
-export function longestGap(atMs, sinceMs) {
-  return atMs.slice(1).reduce((longest, at, i) => at > sinceMs ? Math.max(longest, at - atMs[i]) : longest, 0);
+// The longest wait for a token that ended after `sinceMs` and began before `untilMs`: what a reader had to sit through.
+export function longestGap(atMs, sinceMs, untilMs = Infinity) {
+  return atMs.slice(1).reduce((longest, at, i) => at > sinceMs && atMs[i] < untilMs ? Math.max(longest, at - atMs[i]) : longest, 0);
 }
 
 // One run: what arrived when, and who was struck meanwhile.
@@ -46,6 +46,7 @@ export class Run {
     this.atMs = [];
     this.strikes = [];
     this.path = null;  // of the recovery in it
+    this.recoveredMs = Infinity;  // when it was over; a stall after that has other causes
     this.abort = new AbortController();
   }
 
@@ -61,7 +62,7 @@ export class Run {
   }
 
   outageMs() {
-    return longestGap(this.atMs, this.strikes[0]?.atMs ?? 0);
+    return longestGap(this.atMs, this.strikes[0]?.atMs ?? 0, this.recoveredMs);
   }
 
   // The same request again. It counts only if nothing failed while it ran; null if that did not happen in all tries.

@@ -8,6 +8,12 @@ export function bytes(count) {
   return `${count.toFixed(at ? 1 : 0)} ${STEPS[at]}`;
 }
 
+// Both in the unit of the whole, which is named once.
+export function bytesOf(part, whole) {
+  const [number, unit] = bytes(whole).split(" ");
+  return `${(part / 1024 ** STEPS.indexOf(unit)).toFixed(1)} of ${number} ${unit}`;
+}
+
 // From 10 s on in seconds: nobody compares 41250 ms with 512 ms.
 export function duration(ms) {
   if (ms >= 10000) return `${(ms / 1000).toFixed(0)} s`;

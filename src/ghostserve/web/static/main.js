@@ -2,7 +2,7 @@
 
 import {$, enable, isEnabled, say, setText} from "./dom.js";
 import {count, duration} from "./format.js";
-import {KeyWanted, ask, useKey} from "./server.js";
+import {AdminKeyWanted, KeyWanted, ask, inject, useAdminKey, useKey} from "./server.js";
 import {follow} from "./events.js";
 import {Run, complete, forgetModel} from "./answer.js";
 import {append, clear, markDifferent, markStruck, showProgress} from "./answer_view.js";
@@ -17,6 +17,7 @@ const DEEDS = {crash: "was killed (SIGKILL)", hang: "was stopped (SIGSTOP)", slo
                corrupt: "has bits of its KV flipped in the next step"};
 
 let status = null, run = null, struckRun = null, running = false, streaming = false, measuring = false, sawStandby = false, heldUp = false;
+let refused = null;  // who was in focus when a fault was refused
 
 // -- the status ---------------------------------------------------------------------------------------------------
 
@@ -31,9 +32,11 @@ function showHeader() {
 function tellRecovery(before) {
   if (status.state === "failed") return tell(`the server gave up: ${status.failure ?? "see its log"}`, "bad");
   if (streaming) {
+    const over = status.state !== "recovering" && status.recoveries_total > run.recoveriesBefore;
+    run.recoveredMs = !over ? Infinity : Math.min(run.recoveredMs, performance.now());
     if (status.state === "recovering") tell("a worker is lost · recovering…", "wait");
-    else if (status.recoveries_total > run.recoveriesBefore && run.outageMs()) {
-      tell(`${opening(run, 1)} · the answer goes on, and is compared with an unfailed run when it ends`, "wait");
+    else if (over && run.outageMs()) {
+      tell(`${opening(run, 1)} · the answer goes on, and is compared at its end`, "wait");
     }
   } else if (!run && !measuring && before && status.recoveries_total > before.recoveries_total && status.last_recovery?.ok) {
     tell(`recovered in ${duration(status.last_recovery.total_ms)} while nothing was asked for`, "good");
@@ -70,6 +73,7 @@ function show(next) {
   showCostsNow();
   tellRecovery(before);
   $("length").max = Math.max(8, status.max_model_len - 128);
+  if (!before && Number($("length").value) > $("length").max) $("length").value = $("length").max;
   enable($("go"), !running && !measuring);
 }
 
@@ -137,18 +141,28 @@ async function start() {
 
 // -- faults -------------------------------------------------------------------------------------------------------
 
+// Why a fault was refused; where it is for want of the admin key, the page asks for it.
+function refusal(error) {
+  if (!(error instanceof AdminKeyWanted)) return error.message;
+  if ($("admin-form").hidden) refused = document.activeElement;
+  $("admin-form").hidden = false;
+  $("admin-key").focus();
+  return `${error.message}; enter ${error.offered ? "the right one" : "it"} under "Admin key", then try again`;
+}
+
 async function strike(rank, how) {
   if (status.ranks[rank]?.state !== "alive") return setText($("notice"), `rank ${rank} is not alive; wait until it is replaced`);
   const mark = streaming ? run.struck(rank, how) : null;
   const body = how === "slow" ? {rank, how, factor: 5, steps: 100} : {rank, how};
   try {
-    const {pid} = await ask("ghostserve/kill", body), text = `rank ${rank}, pid ${pid}, ${DEEDS[how]}`;
+    const {pid} = await inject("ghostserve/kill", body), late = run && !mark ? "; the answer had ended, and is compared once more" : "";
+    const text = `rank ${rank}, pid ${pid}, ${DEEDS[how]}${late}`;
     setText($("notice"), text);
     noteUnlogged("fault_injected", text);
     if (mark) markStruck(`rank ${rank} ${how === "crash" ? "killed" : how}`);
   } catch (error) {
     if (mark) run?.strikes.splice(run.strikes.indexOf(mark), 1);
-    setText($("notice"), `not done: ${error.message}`);
+    setText($("notice"), `not done: ${refusal(error)}`);
   }
 }
 
@@ -164,7 +178,7 @@ async function measure() {
     await startRestart();
     onProgress("measured by starting a second server with the same flags, up to its first token");
   } catch (error) {
-    onProgress(`not measured: ${error.message}`);
+    onProgress(`not measured: ${refusal(error)}`);
   }
   measuring = false;
   showCostsNow();
@@ -195,6 +209,15 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   useKey($("key").value);
   $("key").value = "";
+});
+
+$("admin-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useAdminKey($("admin-key").value);
+  $("admin-key").value = "";
+  $("admin-form").hidden = true;
+  setText($("notice"), "the admin key will be sent with the next fault");
+  refused.focus();  // where it can be tried again
 });
 
 follow("ghostserve/live", {onData: show, onState: connection});

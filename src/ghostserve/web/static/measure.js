@@ -1,7 +1,7 @@
 // What the other two answers to a loss cost on this machine: the same loss recomputed instead of rebuilt, and a server
 // started anew. The first is measured from here, the second by the server.
 
-import {ask} from "./server.js";
+import {ask, inject} from "./server.js";
 import {complete, longestGap} from "./answer.js";
 
 // A kill takes a while to arrive, and the stream must not have ended by then.
@@ -26,7 +26,7 @@ export async function measureRecompute({prompt, tokens, rank, atToken, withStand
     await waitFor((status) => status.standbys?.some((one) => one.state === "ready"), STANDBY_MS);
   }
   const {recoveries_total: before} = await ask("ghostserve/status");
-  await ask("ghostserve/switches", {force_recompute: true});
+  await inject("ghostserve/switches", {force_recompute: true});
   try {
     const atMs = [];
     let killedMs = null, kill = null;
@@ -37,7 +37,7 @@ export async function measureRecompute({prompt, tokens, rank, atToken, withStand
         onProgress(`recompute: ${atMs.length} of ${length} tokens`);
         if (kill === null && atMs.length >= atToken) {
           killedMs = now;
-          kill = ask("ghostserve/kill", {rank});
+          kill = inject("ghostserve/kill", {rank});
         }
       },
     });
@@ -48,12 +48,12 @@ export async function measureRecompute({prompt, tokens, rank, atToken, withStand
     if (status.last_recovery.path !== "recompute") throw new Error("the loss was not recomputed");
     return ms;
   } finally {
-    await ask("ghostserve/switches", {force_recompute: false});
+    await inject("ghostserve/switches", {force_recompute: false});
   }
 }
 
 // The server starts another one of itself; how far it is comes with the live status.
-export const startRestart = () => ask("ghostserve/measure-restart", {});
+export const startRestart = () => inject("ghostserve/measure-restart", {});
 
 // -- what was measured is kept, by what was served -------------------------------------------------------------
 

@@ -14,8 +14,8 @@ export const tell = (text, tone) => say($("outcome"), text, tone);
 
 // How a run went, up to the comparison: "recovered in 512 ms".
 export function opening(run, recoveries) {
-  if (!recoveries && run.strikes.some(({how}) => how === "crash" || how === "hang")) return "struck after the last token";
-  if (!recoveries) return run.strikes.length ? "no worker had to be replaced" : "nobody failed";
+  if (!recoveries && run.strikes.some(({how}) => how === "crash" || how === "hang")) return "the fault came after the last token: ask for more tokens";
+  if (!recoveries) return run.strikes.length ? "no worker had to be replaced" : "nobody failed while it streamed";
   const ms = run.outageMs();
   return ms ? `recovered in ${duration(ms)}` : "recovered after the last token";
 }

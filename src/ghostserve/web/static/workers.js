@@ -1,7 +1,7 @@
 // One card per rank, per standby, and for the keeper. Cards are kept, so that the focus stays where it is.
 
 import {$, enable, fill, make, say, setText} from "./dom.js";
-import {age, bytes, count} from "./format.js";
+import {age, bytes, bytesOf, count} from "./format.js";
 
 const TONES = {alive: "good", ready: "good", running: "good", starting: "wait", slow: "wait", suspect: "wait", lost: "bad", gone: "bad"};
 const FAULTS = [
@@ -66,7 +66,7 @@ function stepMs({rank, steps, in_steps_s: inStepsS}) {
 function rankPairs(rank, progress, status) {
   const share = status.counters.kv_bytes_protected / status.ranks.length;
   const pairs = [["pid", String(rank.pid)], ["device", rank.device ?? "unknown"]];
-  pairs.push(["KV protected", bytes(share) + (rank.kv_bytes ? ` of ${bytes(rank.kv_bytes)}` : "")]);
+  pairs.push(["KV protected", rank.kv_bytes ? bytesOf(share, rank.kv_bytes) : bytes(share)]);
   if (progress) {
     const idle = !status.counters.requests_open, ms = stepMs(progress);
     pairs.push(["last step", progress.age_s === null ? "none yet" : age(progress.age_s) + (idle ? " (idle)" : "")]);
