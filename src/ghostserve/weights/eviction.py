@@ -4,9 +4,9 @@ What an entry is worth is what a byte of it would save, per second, if it were u
 
     worth = reload cost / (size * time since its last use)
 
-The least worth goes first. Where all come from one disk, so that each byte costs the same to have again, this is LRU; where
-some come from further away, these stay longer. It needs no counts that would have to age. `bench/eviction.py` compares it
-with LRU, LFU, GreedyDual-Size and what a clairvoyant could do: it was chosen there.
+The least worth goes first. Where each byte costs the same to have again, this is LRU; what comes from further away stays longer.
+It needs no counts and no state that would have to age. `bench/eviction.py` compares it with LRU, LFU, GreedyDual-Size and what
+a clairvoyant could do.
 
 File images go before all others: once their rank images exist nobody needs them, and the page cache may still hold them.
 """

@@ -175,7 +175,8 @@ class HolderServer:
             logger.warning("client %d was dropped: %s", client.number, why)
         self._selector.unregister(client.sock)
         client.sock.close()
-        self._perform(self._book.leave(client.number, free_bytes=self._free_bytes(), now_s=monotonic_s()))
+        if self._book.holds(client.number):
+            self._perform(self._book.leave(client.number, free_bytes=self._free_bytes(), now_s=monotonic_s()))
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
