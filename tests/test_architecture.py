@@ -52,18 +52,16 @@ PURE = {  # decide, and do nothing: no torch, no clock, no process; tested in mi
     "shadow/scrub.py",
     "shadow/step_plan.py",
     "shadow/unwritten.py",
-<<<<<<< HEAD
+    "weights/dtypes.py",
     "weights/eviction.py",
+    "weights/header.py",
     "weights/pool_book.py",
     "weights/pool_entry.py",
     "weights/pool_layout.py",
     "weights/pool_messages.py",
     "weights/pool_types.py",
-=======
-    "weights/dtypes.py",
-    "weights/header.py",
     "weights/ranges.py",
->>>>>>> a1d202189adafaf4ba2a7f20cc8154e3dd0e8233
+    "weights/rank_image.py",
 }
 NOT_PURE = {
     "torch",
