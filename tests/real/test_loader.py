@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ghostserve.engine import load_format
 from ghostserve.engine.weights_identity import source_of
 from ghostserve.testing.server import server_environment
 from ghostserve.weights import pool_start, runtime_dir
@@ -57,7 +58,12 @@ def run(
     """All ranks side by side, with a pool that holds nothing yet."""
     pool = directory / f"{name}-pool"
     pool.mkdir(mode=0o700)
-    own = {runtime_dir.RUNTIME_DIR_ENV: str(pool), "PYTHONPATH": os.pathsep.join(sys.path), **(env or {})}
+    own = {
+        runtime_dir.RUNTIME_DIR_ENV: str(pool),
+        load_format.LOADER_ENV: "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        **(env or {}),
+    }
     asked = {"ranks": RANKS, "store": str(directory / f"{name}-store"), "loads": loads}
     ranks = [
         subprocess.Popen(
