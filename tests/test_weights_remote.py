@@ -122,7 +122,12 @@ def test_pickles_alone_are_refused_with_what_to_do() -> None:
 def test_urls() -> None:
     assert checked_url("s3://bucket/a/b/") == "s3://bucket/a/b"
     assert checked_url("HTTPS://host:8443/x") == "https://host:8443/x"
-    assert [is_url(word) for word in ("s3://b/x", "gs://b", "org/name", "/s3://x")] == [True, True, False, False]
+    assert [is_url(word) for word in ("s3://b/x", "gs://b", "org/name", "/s3://x")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     bad = (
         "http://u:p@host/x",
         "https://host/x?token=1",
