@@ -9,14 +9,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from ghostserve.weights import pool_start, runtime_dir
+
 SILENCE_MAX_S = 8.0
 TERMINAL = pytest.StashKey[int]()
+RUNTIME_DIR = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,10 +40,15 @@ def pytest_configure(config: pytest.Config) -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+    # Weights in host memory are kept for this session's servers alone, and end with it.
+    config.stash[RUNTIME_DIR] = Path(tempfile.mkdtemp(prefix="ghostserve-tests-"))
+    os.environ[runtime_dir.RUNTIME_DIR_ENV] = str(config.stash[RUNTIME_DIR])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[TERMINAL])
+    pool_start.stop_holder(config.stash[RUNTIME_DIR])
+    shutil.rmtree(config.stash[RUNTIME_DIR])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,6 +32,7 @@ from ghostserve.clock import monotonic_s
 from ghostserve.config import GhostConfig
 from ghostserve.errors import UsageError
 from ghostserve.native import LIBRARY
+from ghostserve.weights.cache import ModelCache, Version, default_root
 
 HERE = PlatformFacts(system="Linux", machine="x86_64", python=(3, 11), vllm="0.32.0+cpu", torch="2.13.0+cpu")
 PLAIN = Subject()
@@ -296,6 +297,20 @@ def test_a_model_that_lacks_a_part_of_its_weights(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
     found = look_at(folder)
     assert (found.status, "model-2.safetensors" in found.found) == (Status.FAIL, True)
+
+
+def test_a_model_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "s3://bucket/model"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    found = look_at(url)
+    assert found.status is Status.WARN
+    assert f"ghostserve models pull {url}" in str(found.remedy)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert look_at(url).status is Status.FAIL
+    cache = ModelCache(default_root(), url)
+    cache.publish(Version(url=url, version="1", files=()))
+    assert look_at(url).status is Status.OK
 
 
 def test_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def parsed(*words: str) -> tuple[Namespace, GhostConfig]:
     GhostConfig.add_arguments(parser)
     arguments = parser.parse_args(words)
     arguments.api_key, arguments.middleware = None, ["their.Middleware"]
+    arguments.model = "model"
     return arguments, GhostConfig.from_arguments(arguments)
 
 

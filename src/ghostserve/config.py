@@ -68,6 +68,13 @@ class GhostConfig:
         type=_bytes_argument,
         metavar="BYTES",
     )
+    weights_memory: int | None = _option(
+        None,
+        "host memory for weights that are kept for replacements, for the next start and for other servers of this user, "
+        "e.g. 64Gi; 0: none. Default: what the process that holds them chooses",
+        type=_bytes_argument,
+        metavar="BYTES",
+    )
     encode_backlog: int = _option(
         8, "KV blocks that may wait for the keeper in the steady state", metavar="BLOCKS"
     )

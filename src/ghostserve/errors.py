@@ -19,6 +19,8 @@ GhostserveError
     ├── WeightsReadError       the disk did not give the bytes, or not in time
     ├── WeightsChangedError    a file was written to while it was read, or since
     ├── WeightsChecksumError   bytes differ from those of the first load
+    ├── RemoteError            where the model lies does not give it, or not in time
+    ├── DiskFullError          the disk has no room for the model
     └── PoolError              the holder of the host-memory pool; the load goes to the disk instead
 """
 
@@ -109,3 +111,11 @@ class WeightsChecksumError(WeightsError, CorruptionError):
 
 class PoolError(WeightsError):
     """The holder of the host-memory pool failed or answered wrongly; loads go on from the disk."""
+
+
+class RemoteError(WeightsError):
+    """The place where a model lies does not give it: unreachable, not there, not allowed, or too slow."""
+
+
+class DiskFullError(WeightsError):
+    """The disk has no room for the model; the message names the folder and how much is needed."""

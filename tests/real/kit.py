@@ -269,7 +269,7 @@ def serve(
     tmp_path: Path,
     name: str,
     *flags: str,
-    model: Path = TINY,
+    model: str | Path = TINY,
     env: dict[str, str] | None = None,
     serving: str = "v1-sync",
     door: Door | None = None,

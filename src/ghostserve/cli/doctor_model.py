@@ -12,6 +12,8 @@ from ghostserve.cli.doctor_machine import weights_bytes
 from ghostserve.cli.units import bytes_text
 from ghostserve.codec.matrix import check_size
 from ghostserve.errors import UsageError
+from ghostserve.weights.cache import ModelCache, default_root, offline
+from ghostserve.weights.remote_names import checked_url, is_url
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
@@ -21,6 +23,8 @@ def check_model(subject: Subject) -> list[Finding]:
     if subject.model is None:
         return [ok("model", "none was named: 'ghostserve doctor MODEL' looks at it")]
     directory = subject.model_directory
+    if directory is None and is_url(subject.model):
+        return [_by_url(subject.model)]
     if directory is None:
         return [_by_id(subject.model)]
     try:
@@ -42,13 +46,23 @@ def _by_id(model: str) -> Finding:
     snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
     if any(snapshots.glob("*/config.json")):
         return ok("model", f"{model} is in {cache}")
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if offline():
         return fail("model", f"{model} is not in {cache}", "unset HF_HUB_OFFLINE, or download it first")
     return warn(
         "model",
         f"{model} is not in {cache}: serve will download it",
         "download it first, for a start that needs no network",
     )
+
+
+def _by_url(model: str) -> Finding:
+    cache = ModelCache(default_root(), checked_url(model))
+    if cache.current() is not None:
+        return ok("model", f"{model} is in {cache.folder}")
+    remedy = f"'ghostserve models pull {model}' first, for a start that needs no network"
+    if offline():
+        return fail("model", f"{model} is not in {cache.folder.parent}", f"unset HF_HUB_OFFLINE, or {remedy}")
+    return warn("model", f"{model} is not in {cache.folder.parent}: serve will fetch it", remedy)
 
 
 def _missing(directory: Path) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 from ghostserve.arena.control import ControlPage
 from ghostserve.cli.restart_cost import SecondServer, obstacle
 from ghostserve.cli.serve_events import KeptEvents
+from ghostserve.cli.serve_model import fetch_model
 from ghostserve.config import GhostConfig
 from ghostserve.errors import GhostserveError
 from ghostserve.web.access import MIDDLEWARES, Access, set_access
@@ -68,10 +69,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def prepare(arguments: Namespace, config: GhostConfig) -> None:
-    """Before vLLM builds its app: the keys that its routes accept, and our middlewares, inside those that the user names.
+    """Before vLLM builds its app: the model, the keys that its routes accept, and our middlewares, inside those that the user names.
 
     Raises UsageError for a key that cannot be used. Without protection vLLM is as it is, but for keys from a file.
     """
+    fetch_model(arguments, config)
     # Known to our configuration; vLLM keeps these arguments, and may show them.
     arguments.admin_api_key = None
     if config.api_key_file:
@@ -107,6 +109,7 @@ def mount(
     from ghostserve.web.health_state import Limits
     from ghostserve.web.metrics import expose
     from ghostserve.web.routes import build_router
+    from ghostserve.web.weights_tiers import describe
 
     kept = kept or KeptEvents(page, config)
     if getattr(arguments, "otlp_traces_endpoint", None):
@@ -139,6 +142,7 @@ def mount(
             ui=config.ui,
             restart=restart,
             draining=lambda: is_draining(app.state),
+            weights=lambda: describe(pool.reading),
         )
     )
     expose(app, page, lambda: pool.reading)

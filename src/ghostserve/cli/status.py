@@ -76,6 +76,20 @@ def _shadow_lines(shadow: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _weights_lines(state: Mapping[str, Any]) -> list[str]:
+    """Where weights are: the model's on the disk, those of all models in memory."""
+    disk, memory = state.get("weights_bytes", 0), state["weights"]["memory"]
+    if memory is None:
+        return [f"weights   {bytes_text(disk)} on disk · none kept in memory"]
+    return [
+        f"weights   {bytes_text(disk)} on disk · in memory, of all models, {bytes_text(memory['used_bytes'])} of "
+        f"{bytes_text(memory['budget_bytes'])}: {bytes_text(memory['file_bytes'])} files, "
+        f"{bytes_text(memory['rank_bytes'])} ranks",
+        f"          {bytes_text(memory['referenced_bytes'])} in use, {bytes_text(memory['pinned_bytes'])} pinned · "
+        f"{count_text(memory['hits_total'], 'hit')}, {memory['misses_total']} misses, {memory['evictions_total']} evictions",
+    ]
+
+
 def _scrub_lines(scrub: Mapping[str, Any]) -> list[str]:
     """What was compared with its checksums, and what came of it."""
     if not scrub["rate_bytes_s"]:
@@ -115,6 +129,7 @@ def render(state: Mapping[str, Any]) -> str:
         _server_lines(state),
         _rank_lines(state),
         _shadow_lines(state["shadow"]),
+        *([_weights_lines(state)] if "weights" in state else []),
         *([_scrub_lines(state["scrub"])] if "scrub" in state else []),
         _recovery_lines(state),
     ]

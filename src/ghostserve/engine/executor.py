@@ -90,6 +90,7 @@ class GhostExecutor(MultiprocExecutor):
         self.starter.start_all()
         if weights_identity.is_downloaded(self.model_config.model):
             self.weights = self.weights_now()
+        self.weights_source = weights_identity.source_of(**self._named())
         self.note_segments()
         self.futures_queue: deque[Any] = deque()
         self.output_rank = self._get_output_rank()
@@ -123,10 +124,11 @@ class GhostExecutor(MultiprocExecutor):
 
     def weights_now(self) -> Any:
         """What tells the model's files from others; see `weights_identity`."""
-        model = self.model_config
-        return weights_identity.identity(
-            model.model, revision=model.revision, cache=self.vllm_config.load_config.download_dir
-        )
+        return weights_identity.identity(**self._named())
+
+    def _named(self) -> dict[str, Any]:
+        model, cache = self.model_config, self.vllm_config.load_config.download_dir
+        return {"model": model.model, "revision": model.revision, "cache": cache}
 
     def note_segments(self) -> None:
         """Remember what named shared memory vLLM made, and whose it is."""

@@ -39,7 +39,7 @@ from ghostserve.arena.control import ControlPage
 from ghostserve.clock import monotonic_s
 from ghostserve.codec.matrix import check_size
 from ghostserve.config import CONFIG_ENV, GhostConfig
-from ghostserve.engine import drain, leftovers, logs, unix_socket
+from ghostserve.engine import drain, leftovers, load_format, logs, unix_socket
 from ghostserve.engine.interrupts import felt_at_once
 from ghostserve.engine.limits import refuse_arguments, refuse_other_servers, refuse_unsupported
 from ghostserve.engine.platform import ASYNC_ENV, PLATFORM_ENV
@@ -76,7 +76,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, GhostConfig]:
         epilog="ghostserve's own flags: --help=ghostserve",
     )
     serve = make_arg_parser(serve)
-    serve.set_defaults(host="127.0.0.1")
+    serve.set_defaults(host="127.0.0.1", load_format=None)
     GhostConfig.add_arguments(serve)
     try:
         arguments = parser.parse_args(["serve", *_spread_config(argv)])
@@ -108,8 +108,11 @@ def serve(argv: Sequence[str], mount: Mount, prepare: Prepare, observe: Observe)
     logs.join_vllm()
     refuse_other_servers(arguments)
     prepare(arguments, config)
+    arguments.load_format = load_format.choose(arguments, config)
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
+        os.environ[load_format.LOADER_ENV] = str(int(arguments.load_format == load_format.LOAD_FORMAT))
+        os.environ[CONFIG_ENV] = config.to_json()
         return _run(arguments, config, mount, page=None)
     refuse_arguments(arguments)
     _refuse_parity(arguments, config)

@@ -31,7 +31,7 @@ from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle, WorkerP
 from ghostserve.arena.control import ControlPage, Mark
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.engine import logs
+from ghostserve.engine import load_format, logs
 from ghostserve.engine.process import WatchedProcess, start_within
 from ghostserve.engine.weights_identity import ask_no_hub
 
@@ -69,6 +69,9 @@ class Place:
     join_at: int | None
     cpus: tuple[int, ...]
     kv_bytes: int | None
+    weights_source: str | None = (
+        None  # of a newcomer: the files that the server started with, if they are known
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -217,6 +220,7 @@ def _config_of(start: WorkerStart, place: Place) -> Any:
     config = copy.copy(start.vllm_config)
     config.cache_config = copy.copy(config.cache_config)
     config.cache_config.kv_cache_memory_bytes = place.kv_bytes
+    config.load_config = load_format.for_newcomer(config.load_config, place.weights_source)
     return config
 
 

@@ -143,6 +143,7 @@ class Starter:
             join_at=join_at,
             cpus=self._cpus_of(rank),
             kv_bytes=kv_bytes,
+            weights_source=None if join_at is None else executor.weights_source,
         )
 
     def _cpus_of(self, rank: int) -> tuple[int, ...]:

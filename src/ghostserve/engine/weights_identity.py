@@ -13,6 +13,9 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
+from ghostserve.errors import WeightsError
+from ghostserve.weights.model_files import open_model
+
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json")
 
 
@@ -29,15 +32,32 @@ def identity(
         return (_entry(path),)
     if path.is_dir():
         return _entries(path)
+    if (snapshot := _snapshot(model, revision, cache)) is None:
+        return ()
+    return ((f"commit {snapshot.name}", 0, 0), *_entries(snapshot))
+
+
+def source_of(model: str, *, revision: str | None = None, cache: str | None = None) -> str | None:
+    """What the pool knows these weights by: their files and headers. None where they cannot be read; then loading says why."""
+    path: Path | None = Path(model)
+    if path is not None and not path.is_dir():
+        path = _snapshot(model, revision, cache)
     try:
-        snapshot = Path(
+        return None if path is None else open_model(path).identity
+    except (WeightsError, OSError):
+        return None
+
+
+def _snapshot(model: str, revision: str | None, cache: str | None) -> Path | None:
+    """The folder of what the hub's cache has of a model; None if it is not there, or `model` is no id at all."""
+    try:
+        return Path(
             huggingface_hub.snapshot_download(
                 model, revision=revision, cache_dir=cache, local_files_only=True
             )
         )
-    except (OSError, ValueError):  # not there, or no id at all
-        return ()
-    return ((f"commit {snapshot.name}", 0, 0), *_entries(snapshot))
+    except (OSError, ValueError):
+        return None
 
 
 def is_downloaded(model: str) -> bool:

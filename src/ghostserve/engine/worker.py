@@ -25,6 +25,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+import ghostserve.engine.loader  # noqa: F401  - the load format that a server names
 from ghostserve.arena.control import ControlPage, Fault, FaultPoint, Mark, StampStatus, Switch
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s

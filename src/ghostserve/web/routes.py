@@ -126,6 +126,7 @@ def build_router(
     ui: bool = False,
     restart: RestartCost | None = None,
     draining: Callable[[], bool] = lambda: False,
+    weights: Callable[[], dict[str, Any]] | None = None,
 ) -> APIRouter:
     """The router to mount on the server's app. Injected faults are told to `tell`.
 
@@ -134,6 +135,7 @@ def build_router(
     `bound_host` is the value of `--host`, accepted in the Host header beside the loopback names.
     `in_schema` has the app's OpenAPI document name our routes, for tests. `ui`: with the page. `restart` measures what
     a restart costs, where that is possible. `draining`: whether the server was told to end, which the engine does not know.
+    `weights` says what of them is in memory, without waiting.
     """
     keys = (*api_keys, *([admin_key] if admin_key and api_keys else []))
     strangers_out = Depends(guard(AccessPolicy(api_keys=keys, bound_host=bound_host)))
@@ -141,7 +143,9 @@ def build_router(
     if admin_key:
         injectors = AccessPolicy(api_keys=(admin_key,), bound_host=bound_host, key_name="admin key")
     router = APIRouter(include_in_schema=in_schema, route_class=OneSentenceRoute)
-    document = _document_of(page, fault_injection=fault_injection, restart=restart, draining=draining)
+    document = _document_of(
+        page, fault_injection=fault_injection, restart=restart, draining=draining, weights=weights
+    )
     _add_status(router, document, dependencies=[strangers_out])
     add_live(router, page, document, dependencies=[strangers_out])
     if events is not None:
@@ -160,7 +164,12 @@ def build_router(
 
 
 def _document_of(
-    page: Page, *, fault_injection: bool, restart: RestartCost | None, draining: Callable[[], bool]
+    page: Page,
+    *,
+    fault_injection: bool,
+    restart: RestartCost | None,
+    draining: Callable[[], bool],
+    weights: Callable[[], dict[str, Any]] | None,
 ) -> Callable[[], dict[str, Any]]:
     """What `/ghostserve/status` answers; raises 503 while there is nothing to tell."""
 
@@ -170,6 +179,7 @@ def _document_of(
             **state,
             "draining": draining(),
             "counters": dict(page.counters()),
+            **({"weights": weights()} if weights is not None else {}),
             "fault_injection": fault_injection,
             **(_injections(page) if fault_injection else {}),
             **({"restart": restart.describe()} if fault_injection and restart is not None else {}),
