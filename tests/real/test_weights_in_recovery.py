@@ -70,6 +70,14 @@ def said(served: Served, sentence: str) -> int:
     return served.server.log_file.read_text(errors="replace").count(sentence)
 
 
+def show(served: Served, report: dict[str, Any]) -> None:
+    """For people: how long it took, and what of the phase `weights` was whose."""
+    print("phases, ms:", report["phases_ms"])
+    for line in served.server.log_file.read_text(errors="replace").splitlines():
+        if "weights: " in line or "Initializing model took" in line:
+            print(line)
+
+
 def lose(served: Served) -> dict[str, Any]:
     """Kill a rank in mid-answer: the tokens are as without, and this is the report."""
     reference, before = served.reference(ASK), served.recoveries()
@@ -87,7 +95,7 @@ def lose_with_a_cold_cache(served: Served, model: Path) -> int:
         forget(shard)
     assert [cached_bytes(shard) for shard in shards(model)] == [0] * len(shards(model))
     report = lose(served)
-    print("phases, ms:", report["phases_ms"])
+    show(served, report)
     return read_from_disk_bytes(served.server.status()["ranks"][1]["pid"])
 
 
@@ -119,7 +127,7 @@ def test_a_holder_that_hangs(pooled: Served, pool: Path) -> None:
         report = lose(pooled)
     finally:
         os.kill(holder, signal.SIGCONT)
-    print("phases, ms:", report["phases_ms"])
+    show(pooled, report)
     assert said(pooled, ALONE) == before + 1
     assert report["phases_ms"]["weights"] < 10_000
 
