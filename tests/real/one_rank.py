@@ -8,6 +8,7 @@ per load.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -46,6 +47,7 @@ class Said(logging.Handler):
 
 def main(asked: dict[str, Any]) -> list[dict[str, Any]]:
     load_format.register()  # as vLLM does in its own workers
+    gc.freeze()  # as our workers do: vLLM collects garbage twice in a load
     torch.set_num_threads(1)
     torch.accelerator.empty_cache = lambda: None  # as vLLM's runner for the CPU does
     ready = False
