@@ -1,0 +1,114 @@
+"""The other trial of `ghostserve bench load`: every tensor of the files in memory and every byte of it looked at, with no model around it.
+
+What a model does with the bytes (on a CPU it copies and packs them) hides what a reader costs; here nothing does. The look is a crc32 at
+memory speed, so the trials show that they read the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ghostserve.engine.load_meter import Meter, memory
+from ghostserve.native.checksum import crc32
+
+Tensors = Generator[tuple[str, torch.Tensor], None, None]
+
+
+def mapped_tensors(files: list[str]) -> Tensors:
+    """As vLLM's `lazy`: the file is mapped, and a tensor read by whoever touches it."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+
+
+def eager_tensors(files: list[str]) -> Tensors:
+    """As vLLM's `eager`: the whole file by one read."""
+    from safetensors.torch import load
+
+    for file in files:
+        yield from load(Path(file).read_bytes()).items()
+
+
+def prefetched_tensors(files: list[str]) -> Tensors:
+    """As vLLM's `prefetch`: eight threads read the files into the page cache while they are mapped."""
+    from vllm.model_executor.model_loader.weight_utils import _prefetch_all_checkpoints
+
+    _prefetch_all_checkpoints(files)
+    yield from mapped_tensors(files)
+
+
+def fastsafetensors_tensors(files: Iterable[str], *, borrowed: bool = True) -> Tensors:
+    """fastsafetensors' pipeline. `borrowed`: valid until the next one, which spares it a copy; vLLM does not ask for it."""
+    from fastsafetensors.parallel_loader import ParallelLoader, SingleGroup
+
+    group: Any = SingleGroup()
+    if torch.distributed.is_initialized():
+        group = torch.distributed.group.WORLD
+    alone = borrowed and group.size() == 1
+    more = {"borrowed_tensors": True, "accumulate_resident": False} if alone else {}
+    loader = ParallelLoader(
+        pg=group,
+        hf_weights_files=list(files),
+        queue_size=0,
+        use_tqdm_on_load=False,
+        device="cpu",
+        nogds=True,
+        set_numa=False,
+        **more,
+    )
+    try:
+        yield from loader.iterate_weights()
+    finally:
+        loader.close()
+
+
+def runai_tensors(files: list[str]) -> Tensors:
+    """Run:ai's streamer; a tensor is valid until the next one."""
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files(files, device="cpu", is_distributed=False)
+        yield from streamer.get_tensors()
+
+
+READERS: dict[str, Callable[[list[str]], Tensors]] = {
+    "vllm": mapped_tensors,
+    "vllm-eager": eager_tensors,
+    "vllm-prefetch": prefetched_tensors,
+    "fastsafetensors": fastsafetensors_tensors,
+    "runai": runai_tensors,
+}
+
+
+def raw_trial(line: Any, task: dict[str, Any], rank: int) -> None:
+    """Say `ready`, read and look at everything, say `loaded`, give the figures."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    files = sorted(str(path) for path in Path(task["model"]).glob("*.safetensors"))
+    line.say("ready")
+    line.wait_for_go()
+    meter = Meter()
+    digest, count = 0, 0
+    for name, tensor in READERS[task["reader"]](files):
+        digest ^= look(name, tensor)
+        count += tensor.numel()
+    figures = meter.stop()
+    line.say("loaded", rank=rank)
+    line.wait_for_go()
+    line.say(
+        "figures", rank=rank, **figures, **memory(), post_s=0.0, digest=f"{digest:08x}", parameters=count
+    )
+
+
+def look(name: str, tensor: torch.Tensor) -> int:
+    """A word that every byte of a tensor, and its name, has a part in. In any order, by exclusive or, they make one for all."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return crc32(data, crc32(np.frombuffer(name.encode(), np.uint8)))
