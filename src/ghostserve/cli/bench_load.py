@@ -14,7 +14,7 @@ from pathlib import Path
 from ghostserve.cli import bench_load_cache
 from ghostserve.cli.bench_load_ceiling import DEPTHS, Depth, read_s
 from ghostserve.cli.bench_load_model import Shape, write_model
-from ghostserve.cli.bench_load_plan import Cell, plan_cells
+from ghostserve.cli.bench_load_plan import Cell, plan_cells, shuffled
 from ghostserve.cli.bench_load_report import Report, make_report, text_table
 from ghostserve.cli.bench_load_run import Sample, Trials, measure_cell
 from ghostserve.errors import CheckFailed, UnsupportedError, UsageError
@@ -141,7 +141,7 @@ def _rounds(
     samples: dict[Cell, list[Sample]] = {cell: [] for cell in cells}
     digests: dict[tuple[bool, int], tuple[str, Cell]] = {}
     for repetition in range(repetitions):
-        for cell in rng.sample(cells, k=len(cells)):
+        for cell in shuffled(cells, rng):
             sample = measure_one(cell, repetition == 0)
             samples[cell].append(sample)
             on_progress(f"[{repetition + 1}/{repetitions}] {cell}: {sample.seconds:.2f} s")

@@ -21,6 +21,8 @@ from ghostserve.cli import bench_load_cache
 from ghostserve.cli.bench_load_ceiling import Depth, read_s
 from ghostserve.cli.bench_load_plan import Cell, State
 from ghostserve.errors import StartError
+from ghostserve.weights.pool import Pool
+from ghostserve.weights.runtime_dir import RUNTIME_DIR_ENV
 
 START_S, TRIAL_S, END_S = 120.0, 300.0, 10.0
 _PACKET_BYTES = 1 << 16
@@ -31,6 +33,7 @@ class Trials:
 
     def __init__(self, *, scratch: Path, log: Path) -> None:
         self._scratch, self._log, self._number = scratch, log, 0
+        self.pool_directory = scratch / "pool"  # not the user's own
 
     def __enter__(self) -> Trials:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -51,6 +54,7 @@ class Trials:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop_pool()
         self._socket.close()  # it ends by itself
         try:
             self._process.wait(END_S if error is None else 0.1)
@@ -73,7 +77,7 @@ class Trials:
             "load_format": loader.load_format,
             "strategy": loader.strategy,
             "extra": loader.extra,
-            "environment": loader.environment,
+            "environment": loader.environment | {RUNTIME_DIR_ENV: str(self.pool_directory)},
             "scratch": str(self._scratch),
             "digest": digest,
         }
@@ -86,6 +90,12 @@ class Trials:
         figures = self._gather("figures", cell.ranks)
         self._hear("ended", timeout_s=TRIAL_S)
         return sorted(figures, key=lambda of_rank: int(of_rank["rank"]))
+
+    def stop_pool(self) -> None:
+        """End the holder that earlier trials started, and all that it holds."""
+        pool = Pool.connect(start=False, directory=self.pool_directory)
+        if pool is not None:
+            pool.stop()
 
     def _say(self, what: dict[str, Any]) -> None:
         self._socket.send(json.dumps(what).encode())
@@ -143,6 +153,7 @@ def measure_cell(
             return
         bench_load_cache.drop(files)
         if cell.state is State.COLD:
+            trials.stop_pool()  # whoever wants one starts it: that belongs to a first load
             ceiling_s = read_s(files, depth)
             bench_load_cache.drop(files)
 

@@ -47,9 +47,7 @@ class FastsafetensorsOnCpu(DefaultModelLoader):
 
     def _get_weights_iterator(self, source: Any) -> Generator[tuple[str, torch.Tensor], None, None]:
         _, files, _, _ = self._prepare_weights(source.model_or_path, None, source.revision, False, None)
-        return (
-            (source.prefix + name, tensor) for name, tensor in fastsafetensors_tensors(files, borrowed=False)
-        )
+        return ((source.prefix + name, tensor) for name, tensor in fastsafetensors_tensors(files))
 
 
 def model_trial(line: Talk, task: dict[str, Any], rank: int) -> None:

@@ -15,7 +15,12 @@ import numpy as np
 import torch
 
 from ghostserve.engine.load_meter import Meter, memory
+from ghostserve.engine.loader_files import OpenBytes, tensors
 from ghostserve.native.checksum import crc32
+from ghostserve.weights.arriving import Arriving, private_memory
+from ghostserve.weights.model_files import open_files
+from ghostserve.weights.pool import Pool
+from ghostserve.weights.pooled_file import PooledFile
 
 Tensors = Generator[tuple[str, torch.Tensor], None, None]
 
@@ -46,24 +51,17 @@ def prefetched_tensors(files: list[str]) -> Tensors:
     yield from mapped_tensors(files)
 
 
-def fastsafetensors_tensors(files: Iterable[str], *, borrowed: bool = True) -> Tensors:
-    """fastsafetensors' pipeline. `borrowed`: valid until the next one, which spares it a copy; vLLM does not ask for it."""
+def fastsafetensors_tensors(files: Iterable[str]) -> Tensors:
+    """fastsafetensors' pipeline, as vLLM calls it but for the device."""
     from fastsafetensors.parallel_loader import ParallelLoader, SingleGroup
 
-    group: Any = SingleGroup()
-    if torch.distributed.is_initialized():
-        group = torch.distributed.group.WORLD
-    alone = borrowed and group.size() == 1
-    more = {"borrowed_tensors": True, "accumulate_resident": False} if alone else {}
+    distributed = torch.distributed.is_initialized()
     loader = ParallelLoader(
-        pg=group,
+        pg=torch.distributed.group.WORLD if distributed else SingleGroup(),
         hf_weights_files=list(files),
-        queue_size=0,
         use_tqdm_on_load=False,
         device="cpu",
         nogds=True,
-        set_numa=False,
-        **more,
     )
     try:
         yield from loader.iterate_weights()
@@ -72,12 +70,32 @@ def fastsafetensors_tensors(files: Iterable[str], *, borrowed: bool = True) -> T
 
 
 def runai_tensors(files: list[str]) -> Tensors:
-    """Run:ai's streamer; a tensor is valid until the next one."""
+    """Run:ai's streamer. A tensor is valid until the next one, so it is copied, as vLLM does."""
     from runai_model_streamer import SafetensorsStreamer
 
     with SafetensorsStreamer() as streamer:
         streamer.stream_files(files, device="cpu", is_distributed=False)
-        yield from streamer.get_tensors()
+        for name, tensor in streamer.get_tensors():
+            yield name, tensor.clone()
+
+
+def our_tensors(files: list[str]) -> Tensors:
+    """What the load format `ghostserve` does without a pool."""
+    yield from _ours(
+        files, lambda file, spans: Arriving(file, spans, private_memory(file), direct=None, verify=None)
+    )
+
+
+def our_pooled_tensors(files: list[str]) -> Tensors:
+    """What it does with several ranks: whole files, by way of the pool."""
+    pool = Pool.connect(start=True)
+    assert pool is not None, "there is no pool"
+    yield from _ours(files, lambda file, spans: PooledFile(pool, file, spans, label="bench", verify=None))
+
+
+def _ours(files: list[str], open_bytes: OpenBytes) -> Tensors:
+    paths = [Path(file) for file in files]
+    yield from tensors(open_files(paths, folder=paths[0].parent).files, open_bytes, lambda name: True)
 
 
 READERS: dict[str, Callable[[list[str]], Tensors]] = {
@@ -86,25 +104,33 @@ READERS: dict[str, Callable[[list[str]], Tensors]] = {
     "vllm-prefetch": prefetched_tensors,
     "fastsafetensors": fastsafetensors_tensors,
     "runai": runai_tensors,
+    "ghostserve": our_tensors,
+    "ghostserve-pool": our_pooled_tensors,
 }
 
 
 def raw_trial(line: Any, task: dict[str, Any], rank: int) -> None:
     """Say `ready`, read and look at everything, say `loaded`, give the figures."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // task["ranks"]))
     files = sorted(str(path) for path in Path(task["model"]).glob("*.safetensors"))
     line.say("ready")
     line.wait_for_go()
     meter = Meter()
-    digest, count = 0, 0
+    digest, loaded = 0, []
     for name, tensor in READERS[task["reader"]](files):
         digest ^= look(name, tensor)
-        count += tensor.numel()
+        loaded.append(tensor)
     figures = meter.stop()
     line.say("loaded", rank=rank)
     line.wait_for_go()
     line.say(
-        "figures", rank=rank, **figures, **memory(), post_s=0.0, digest=f"{digest:08x}", parameters=count
+        "figures",
+        rank=rank,
+        **figures,
+        **memory(),
+        post_s=0.0,
+        digest=f"{digest:08x}",
+        parameters=sum(map(torch.numel, loaded)),
     )
 
 

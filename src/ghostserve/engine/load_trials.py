@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
 def _preload() -> None:
     import ghostserve.engine.load_trial
     import ghostserve.engine.load_trial_raw
+    import ghostserve.engine.loader
     import ghostserve.engine.preload  # noqa: F401
 
 
