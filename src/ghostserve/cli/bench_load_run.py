@@ -31,13 +31,15 @@ _PACKET_BYTES = 1 << 16
 class Trials:
     """The process that forks a new one for each trial (engine/load_trials.py). Use it as a context manager."""
 
+    MODULE = "ghostserve.engine.load_trials"
+
     def __init__(self, *, scratch: Path, log: Path) -> None:
         self._scratch, self._log, self._number = scratch, log, 0
         self.pool_directory = scratch / "pool"  # not the user's own
 
     def __enter__(self) -> Trials:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "ghostserve.engine.load_trials", str(theirs.fileno())]
+        command = [sys.executable, "-m", self.MODULE, str(theirs.fileno())]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "VLLM_LOGGING_LEVEL": "WARNING"}
         with theirs, self._log.open("wb") as log:
             self._process = subprocess.Popen(
