@@ -52,12 +52,15 @@ PURE = {  # decide, and do nothing: no torch, no clock, no process; tested in mi
     "shadow/scrub.py",
     "shadow/step_plan.py",
     "shadow/unwritten.py",
+    "weights/dtypes.py",
     "weights/eviction.py",
+    "weights/header.py",
     "weights/pool_book.py",
     "weights/pool_entry.py",
     "weights/pool_layout.py",
     "weights/pool_messages.py",
     "weights/pool_types.py",
+    "weights/ranges.py",
 }
 NOT_PURE = {
     "torch",

@@ -27,6 +27,9 @@ from ghostserve.weights.model_files import WeightsFile
 from ghostserve.weights.ranges import ALIGN_BYTES, CHUNK_BYTES, DEPTH, Chunk, Range, plan
 from ghostserve.weights.source import Source
 
+PRIVATE = (
+    mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+)  # Python's default is shared memory, whose pages cost twice as much to get
 LEAVE_S = 5.0
 """How long threads are waited for after an error, so that as a rule nothing writes to the memory any more."""
 
@@ -69,7 +72,7 @@ def read_ranges(
 ) -> ReadStats:
     """Read `ranges` of the file at `path`, ascending and apart, to their places in `into`; then all of it is there.
 
-    `into`: writable and contiguous; it should begin at a page. Read in place is what lies at the same distance from a
+    `into`: writable and contiguous; it should begin at a page, and be private memory where it need not be shared. Read in place is what lies at the same distance from a
     multiple of 4096 in file and memory, the rest is copied. None: read and check only.
     `on_ready` is called in this thread with how many of the bytes wanted, in order, are there and checked. What it raises
     ends the read.
@@ -231,7 +234,8 @@ class _Job:
         stats.bytes_read += chunk.nbytes
 
     def _make_staging(self) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(mmap.mmap(-1, max(chunk.nbytes for chunk in self._chunks)), dtype=np.uint8)
+        nbytes = max(chunk.nbytes for chunk in self._chunks)
+        return np.frombuffer(mmap.mmap(-1, nbytes, flags=PRIVATE), dtype=np.uint8)
 
     def _copy(self, chunk: Chunk, staging: npt.NDArray[np.uint8], stats: ReadStats) -> None:
         if self._target is None:

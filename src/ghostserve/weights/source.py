@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ghostserve.errors import BadWeightsFileError, MissingShardError, WeightsChangedError, WeightsReadError
 from ghostserve.weights.ranges import ALIGN_BYTES
@@ -170,9 +171,7 @@ class Source:
                 self._refuses_direct = True
                 return done
             moved(count)
-            count -= (
-                count % ALIGN_BYTES
-            )  # after a short read what is behind the last whole block is read again
+            count -= count % ALIGN_BYTES  # after a short read the block that it ended in is read again
             if count == 0:
                 return done
             done += count
@@ -183,10 +182,24 @@ class Source:
         if self._map is None:
             return False
         begin = offset - offset % mmap.PAGESIZE
-        nbytes += offset - begin
-        pages = np.empty(-(-nbytes // mmap.PAGESIZE), dtype=np.uint8)
-        answer = _libc().mincore(self._address + begin, nbytes, pages.ctypes.data)
-        return answer == 0 and bool((pages & 1).all())
+        return bool(_cached_pages(self._address + begin, offset + nbytes - begin).all())
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file is in the page cache, in whole pages but at its end. Only asked of a file of one's own is it the truth."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        data = np.frombuffer(mapped, dtype=np.uint8)
+        address, nbytes = data.ctypes.data, data.size
+        del data
+        return min(nbytes, int(_cached_pages(address, nbytes).sum()) * mmap.PAGESIZE)
+
+
+def _cached_pages(address: int, nbytes: int) -> npt.NDArray[np.bool_]:
+    """Of a mapping at a page's beginning: which of its pages are cached; none if the kernel does not say."""
+    pages = np.zeros(-(-nbytes // mmap.PAGESIZE), dtype=np.uint8)
+    if _libc().mincore(address, nbytes, pages.ctypes.data) != 0:
+        pages[:] = 0
+    return (pages & 1).astype(np.bool_)
 
 
 @functools.cache

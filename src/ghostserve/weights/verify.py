@@ -6,6 +6,7 @@ file by it, and a download into a folder of its own leaves it in `.cache/hugging
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 import os
@@ -77,13 +78,14 @@ def verify_model(
                 progress(before + done, model.nbytes)
 
         sums = book.of(file)
-        sha256 = answer_within(stall_s, lambda file=file: known_sha256(file, folder), file.path)
+        sha256 = answer_within(stall_s, functools.partial(known_sha256, file, folder), file.path)
         compared = sums.complete
         error: WeightsError | None = None
         try:
             _verify(file, sums, sha256, told, stall_s)
         except WeightsError as found:
             error = found
+            told(file.nbytes)  # done with it, too
         reports.append(
             FileReport(
                 path=file.path,

@@ -1,0 +1,263 @@
+"""How fast the reader of weights is beside the disk itself, and what its checksums cost.
+
+    .venv/bin/python bench/weights_reader.py [--gib 2] [--rounds 7] [--folder DIR]
+
+The disk's ceiling is direct reads into memory that is there already; the reader fills memory that is new, as a load does.
+Everything is measured in turn, round by round, so that what else happens on the machine meets all of it. Before a cold read the
+page cache is dropped, and mincore has to say so. The functions here serve other benches, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import results
+from servers import say
+
+from ghostserve import clock
+from ghostserve.errors import CheckFailed, GhostserveError
+from ghostserve.weights.checksums import CELL_BYTES, Checksums
+from ghostserve.weights.ranges import CHUNK_BYTES, DEPTH, Range
+from ghostserve.weights.reader import read_ranges
+from ghostserve.weights.source import cached_bytes
+
+MIB = 1 << 20
+WARM_SHARE = 0.999  # the kernel may take a page back at any time
+CHUNKS_MIB, DEPTHS = (1, 4, 8, 16), (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One reading of a whole file."""
+
+    wall_s: float
+    cpu_s: float
+    nbytes: int
+
+    @property
+    def gb_per_s(self) -> float:
+        """Decimal gigabytes."""
+        return self.nbytes / self.wall_s / 1e9
+
+
+def timed(nbytes: int, work: Callable[[], object]) -> Sample:
+    """What `work` took, all threads."""
+    wall_s, cpu_s = clock.monotonic_s(), clock.cpu_s()
+    work()
+    return Sample(wall_s=clock.monotonic_s() - wall_s, cpu_s=clock.cpu_s() - cpu_s, nbytes=nbytes)
+
+
+def make_file(path: Path, nbytes: int, *, seed: int = 0) -> None:
+    """Random bytes, on the disk."""
+    rng = random.Random(seed)
+    with path.open("wb") as file:
+        for at in range(0, nbytes, 16 * MIB):
+            file.write(rng.randbytes(min(16 * MIB, nbytes - at)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_cold(path: Path) -> None:
+    """Out of the page cache. CheckFailed if it is not."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    if left := cached_bytes(path):
+        raise CheckFailed(f"{path}: {left} bytes are still in the page cache; stop what reads it")
+
+
+def make_warm(path: Path) -> None:
+    """Into the page cache. CheckFailed if it does not stay there."""
+    buffer, nbytes = memoryview(bytearray(16 * MIB)), path.stat().st_size
+    for _ in range(3):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+        if (there := cached_bytes(path)) >= WARM_SHARE * nbytes:
+            return
+    raise CheckFailed(f"{path}: only {there} of {nbytes} bytes stay in the page cache; free some memory")
+
+
+def ceiling(path: Path, *, chunk_bytes: int = CHUNK_BYTES, depth: int = DEPTH) -> Sample:
+    """Direct reads by `depth` threads into a buffer each, used over and over: what the disk gives."""
+    nbytes = path.stat().st_size // mmap.PAGESIZE * mmap.PAGESIZE
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    buffers = [mmap.mmap(-1, chunk_bytes) for _ in range(depth)]
+    for buffer in buffers:
+        buffer.write(bytes(chunk_bytes))
+    offsets, lock = iter(range(0, nbytes, chunk_bytes)), threading.Lock()
+
+    def work(buffer: mmap.mmap) -> None:
+        view = memoryview(buffer)
+        while True:
+            with lock:
+                at = next(offsets, None)
+            if at is None:
+                return
+            os.preadv(fd, [view[: nbytes - at]], at)
+
+    def run() -> None:
+        threads = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    try:
+        return timed(nbytes, run)
+    finally:
+        os.close(fd)
+
+
+def load(path: Path, *, verify: Checksums | None = None, direct: bool | None = None) -> Sample:
+    """The reader, into private memory that is new."""
+    nbytes = path.stat().st_size
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = [Range(0, nbytes, 0)]
+    sample = timed(nbytes, lambda: read_ranges(path, whole, memoryview(memory), verify=verify, direct=direct))
+    memory.close()
+    return sample
+
+
+def known_checksums(path: Path) -> Checksums:
+    """All of the file's, made by reading it."""
+    nbytes = path.stat().st_size
+    sums = Checksums(path, nbytes)
+    read_ranges(path, [Range(0, nbytes, 0)], None, verify=sums)
+    assert sums.complete
+    return sums
+
+
+def rounds_of(path: Path, rounds: int) -> Iterator[tuple[int, dict[str, Sample]]]:
+    """Each round: the ceiling, and a load with and without checksums, cold and warm; who is first changes."""
+    sums = known_checksums(path)
+    for number in range(rounds):
+        found: dict[str, Sample] = {}
+        make_cold(path)
+        found["disk"] = ceiling(path)
+        for kind in ("cold", "warm"):
+            for checked in (False, True) if number % 2 else (True, False):
+                (make_cold if kind == "cold" else make_warm)(path)
+                name = f"{kind}, {'checked' if checked else 'unchecked'}"
+                found[name] = load(path, verify=sums if checked else None)
+        yield number, found
+
+
+def cost(found: Sequence[dict[str, Sample]], kind: str) -> dict[str, float]:
+    """How much longer a checked load takes: the median over rounds, each compared with its own round."""
+    pairs = [(one[f"{kind}, checked"], one[f"{kind}, unchecked"]) for one in found]
+    return {
+        "wall": statistics.median(checked.wall_s / plain.wall_s - 1 for checked, plain in pairs),
+        "cpu_s_per_gb": statistics.median(
+            (checked.cpu_s - plain.cpu_s) / checked.nbytes * 1e9 for checked, plain in pairs
+        ),
+    }
+
+
+def reads_table(path: Path) -> tuple[list[list[str]], dict[str, float]]:
+    """The ceiling by size and number of reads: the better of two."""
+    found: dict[str, float] = {}
+    for _ in range(2):
+        for size in CHUNKS_MIB:
+            for depth in DEPTHS:
+                speed = ceiling(path, chunk_bytes=size * MIB, depth=depth).gb_per_s
+                found[f"{size} MiB x {depth}"] = max(speed, found.get(f"{size} MiB x {depth}", 0.0))
+    rows = [
+        [f"{size} MiB", *(f"{found[f'{size} MiB x {depth}']:.2f}" for depth in DEPTHS)] for size in CHUNKS_MIB
+    ]
+    return rows, found
+
+
+def markdown(found: Sequence[dict[str, Sample]], table: list[list[str]]) -> str:
+    """The tables."""
+    names = list(found[0])
+    medians = {name: statistics.median(one[name].wall_s for one in found) for name in names}
+    share = {
+        name: statistics.median(one["disk"].wall_s / one[name].wall_s for one in found) for name in names
+    }
+    rows = [
+        [
+            name,
+            f"{medians[name]:.2f}",
+            f"{statistics.median(one[name].gb_per_s for one in found):.2f}",
+            f"{100 * share[name]:.0f} %",
+            f"{statistics.median(one[name].cpu_s for one in found):.2f}",
+        ]
+        for name in names
+    ]
+    costs = [
+        f"- {kind}: {100 * cost(found, kind)['wall']:+.1f} % of the load's time, "
+        f"{cost(found, kind)['cpu_s_per_gb']:.3f} CPU seconds per GB"
+        for kind in ("cold", "warm")
+    ]
+    return "\n".join(
+        (
+            f"One file of {found[0]['disk'].nbytes / 1e9:.2f} GB, medians of {len(found)} rounds. *disk*: direct reads into memory "
+            "that is there already. The loads fill new memory; *warm* is out of the page cache.\n",
+            results.table(["", "s", "GB/s", "of the disk's ceiling", "CPU s"], rows),
+            f"\nWhat checksums cost (a crc32 for every {CELL_BYTES // MIB} MiB, compared while reading):\n",
+            *costs,
+            "\nDirect reads by size and number in flight, GB/s (the better of two):\n",
+            results.table(["", *(f"{depth} in flight" for depth in DEPTHS)], table),
+        )
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0, or the error's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gib", type=float, default=2.0, help="size of the file (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+    parser.add_argument(
+        "--folder", type=Path, help="where the file is made (default: the system's for temporary files)"
+    )
+    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
+    arguments = parser.parse_args(argv)
+    about = results.facts()
+    with tempfile.TemporaryDirectory(prefix="ghostserve-bench-", dir=arguments.folder) as folder:
+        path = Path(folder) / "weights"
+        make_file(path, int(arguments.gib * 2**30) + 1234)
+        table, speeds = reads_table(path)
+        found = []
+        for number, one in rounds_of(path, arguments.rounds):
+            found.append(one)
+            say(
+                f"[{number + 1}/{arguments.rounds}] "
+                + ", ".join(f"{name} {sample.gb_per_s:.2f} GB/s" for name, sample in one.items())
+            )
+    text = markdown(found, table)
+    document: dict[str, Any] = {
+        "rounds": [{name: asdict(sample) for name, sample in one.items()} for one in found],
+        "cost": {kind: cost(found, kind) for kind in ("cold", "warm")},
+        "direct_reads_gb_per_s": speeds,
+    }
+    for written in results.write(
+        "weights-reader", about=about, document=document, markdown=text, directory=arguments.out
+    ):
+        say(f"written: {written}")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except GhostserveError as error:
+        say(f"bench/weights_reader.py: {error}")
+        sys.exit(error.exit_code)
