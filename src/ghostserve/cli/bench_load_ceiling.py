@@ -46,7 +46,7 @@ def read_s(paths: Sequence[Path], depth: Depth) -> float:
             for file, size in zip(files, sizes, strict=True)
             for place in range(0, size, depth.chunk_bytes)
         ]
-        buffers = [mmap.mmap(-1, depth.chunk_bytes) for _ in range(depth.in_flight)]
+        buffers = [mmap.mmap(-1, depth.chunk_bytes, flags=mmap.MAP_PRIVATE) for _ in range(depth.in_flight)]
         for buffer in buffers:
             buffer.write(bytes(depth.chunk_bytes))  # faulted in, before the clock runs
         todo = iter(chunks)  # shared: next() holds the interpreter's lock
