@@ -42,6 +42,7 @@ def drop(paths: Sequence[Path], *, timeout_s: float = DROP_S) -> None:
 
 def fill(paths: Sequence[Path]) -> None:
     """Have the page cache hold these files whole. CheckFailed if it does not, for want of memory."""
+    missing: dict[str, int] = {}
     for _ in range(FILLS):
         for path in paths:
             _read(path)

@@ -110,7 +110,7 @@ def make_report(samples: Samples, *, model_bytes: int, files: int, depth: str) -
 
 def _row(cell: Cell, samples: Sequence[Sample], model_bytes: int) -> Row:
     def median(name: str) -> float:
-        return statistics.median(getattr(sample, name) for sample in samples)
+        return statistics.median(float(getattr(sample, name)) for sample in samples)
 
     shares = [sample.ceiling_s / sample.seconds for sample in samples if sample.ceiling_s is not None]
     return Row(

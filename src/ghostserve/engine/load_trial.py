@@ -83,6 +83,7 @@ class Phases:
     """A loader whose parts are timed: the same class as the given one, with the moments noted at which its steps begin and end."""
 
     def __init__(self, line: Talk, load_config: Any, *, digest: bool) -> None:
+        self._meter: Meter | None = None
         self._weights: dict[str, float] = {}
         self._after_s = 0.0
         self.digest = ""
@@ -99,6 +100,7 @@ class Phases:
 
             def load_weights(self, model: Any, *arguments: Any, **named: Any) -> Any:
                 answer = super().load_weights(model, *arguments, **named)
+                assert phases._meter is not None
                 phases._weights = phases._meter.stop()
                 if digest:
                     phases.digest = digest_of(model)
