@@ -158,14 +158,27 @@ def rounds_of(path: Path, rounds: int) -> Iterator[tuple[int, dict[str, Sample]]
 
 
 def cost(found: Sequence[dict[str, Sample]], kind: str) -> dict[str, float]:
-    """How much longer a checked load takes: the median over rounds, each compared with its own round."""
+    """How much more a checked load takes: medians over rounds, each compared with its own round, and the extremes."""
     pairs = [(one[f"{kind}, checked"], one[f"{kind}, unchecked"]) for one in found]
+    walls = [checked.wall_s / plain.wall_s - 1 for checked, plain in pairs]
     return {
-        "wall": statistics.median(checked.wall_s / plain.wall_s - 1 for checked, plain in pairs),
+        "wall": statistics.median(walls),
+        "wall_min": min(walls),
+        "wall_max": max(walls),
+        "cpu": statistics.median(checked.cpu_s / plain.cpu_s - 1 for checked, plain in pairs),
         "cpu_s_per_gb": statistics.median(
             (checked.cpu_s - plain.cpu_s) / checked.nbytes * 1e9 for checked, plain in pairs
         ),
     }
+
+
+def cost_line(found: Sequence[dict[str, Sample]], kind: str) -> str:
+    """A median alone would hide how far the rounds are apart."""
+    one = cost(found, kind)
+    return (
+        f"- {kind}: {100 * one['wall']:+.1f} % of the load's time (rounds: {100 * one['wall_min']:+.0f} to "
+        f"{100 * one['wall_max']:+.0f} %), {100 * one['cpu']:+.1f} % of its CPU time, {one['cpu_s_per_gb']:.3f} CPU seconds per GB"
+    )
 
 
 def reads_table(path: Path) -> tuple[list[list[str]], dict[str, float]]:
@@ -199,11 +212,7 @@ def markdown(found: Sequence[dict[str, Sample]], table: list[list[str]]) -> str:
         ]
         for name in names
     ]
-    costs = [
-        f"- {kind}: {100 * cost(found, kind)['wall']:+.1f} % of the load's time, "
-        f"{cost(found, kind)['cpu_s_per_gb']:.3f} CPU seconds per GB"
-        for kind in ("cold", "warm")
-    ]
+    costs = [cost_line(found, kind) for kind in ("cold", "warm")]
     return "\n".join(
         (
             f"One file of {found[0]['disk'].nbytes / 1e9:.2f} GB, medians of {len(found)} rounds. *disk*: direct reads into memory "

@@ -42,6 +42,9 @@ def test_the_cost_is_the_median_of_pairs() -> None:
     ]
     assert cost(found, "cold") == {
         "wall": pytest.approx(0.1),
+        "wall_min": pytest.approx(0.0),
+        "wall_max": pytest.approx(2.0),
+        "cpu": pytest.approx(0.1),
         "cpu_s_per_gb": pytest.approx(0.05),
     }
 

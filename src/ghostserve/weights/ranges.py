@@ -18,7 +18,8 @@ ALIGN_BYTES = 4096
 """Enough for direct reads from every disk in use, in file and memory; whoever wants more answers EINVAL and is read otherwise."""
 CHUNK_BYTES = 8 << 20
 DEPTH = 4
-"""Reads in flight. With 8 MiB each a local NVMe disk is at its limit (bench/reader.py); 4 MiB or 2 reads cost a tenth."""
+"""Reads in flight. Not tuned finely: from two reads of 4 MiB on, what was measured differs less between settings than between runs of
+one (bench/weights_reader.py); a single read, or 1 MiB, tends to be slower."""
 GAP_BYTES = 128 << 10
 
 
