@@ -2,8 +2,8 @@
 
     python one_rank.py '{"rank": 0, "ranks": 2, "store": FILE, "loads": [{"model": DIR, "format": "ghostserve"}, ...]}'
 
-`source` in a load: it is that of a replacement, whose server started with those files. The last line printed is a JSON
-list, one object per load.
+`source` in a load: it is that of a replacement, whose server started with those files. Prints a line that is a JSON list, one object
+per load.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ os.environ["GHOSTSERVE_PLATFORM"] = "1"  # before vLLM is imported
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
 
@@ -56,6 +61,8 @@ def main(asked: dict[str, Any]) -> list[dict[str, Any]]:
                 initialize_model_parallel(asked["ranks"])
             torch.distributed.barrier()  # ranks load together, and one after the other what comes next
             found.append(loaded(config))
+    destroy_model_parallel()
+    destroy_distributed_environment()
     return found
 
 

@@ -27,6 +27,7 @@ from ghostserve.testing.chaos_report import as_document, as_text
 from ghostserve.testing.chaos_run import Chaos, Settings
 from ghostserve.testing.fault_plan import FaultPlan
 from ghostserve.testing.fault_runner import demand_possible
+from ghostserve.testing.private_pool import private_pool, private_pool_env
 from ghostserve.testing.server import ServerProcess, ghostserve_command
 
 EXIT_VIOLATION = 1
@@ -138,13 +139,18 @@ def main(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         stack.enter_context(signals_like_ctrl_c())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ghostserve-chaos-")))
+        stack.enter_context(private_pool(directory))
         own = directory / "server"
         own.mkdir()
         server = ServerProcess(
             [*_command(options.serve), *OWN_FLAGS, "--served-model-name", MODEL_NAME],
             log_dir=directory,
             log_file=options.log,
-            env={"TMPDIR": str(own), "TORCHINDUCTOR_CACHE_DIR": str(directory / "cache")},
+            env={
+                "TMPDIR": str(own),
+                "TORCHINDUCTOR_CACHE_DIR": str(directory / "cache"),
+                **private_pool_env(directory),
+            },
         )
         stack.callback(server.kill_tree)
         say(f"seed {options.seed}: starting a server")

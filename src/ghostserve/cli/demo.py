@@ -27,6 +27,7 @@ from ghostserve.cli.demo_view import View
 from ghostserve.cli.signals import signals_like_ctrl_c
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import UsageError
+from ghostserve.testing.private_pool import private_pool, private_pool_env
 from ghostserve.testing.server import ServerProcess, ghostserve_command
 
 KV_CACHE_BYTES = 64 << 20
@@ -87,7 +88,13 @@ def demo_server(options: argparse.Namespace, log_dir: Path) -> ServerProcess:
         command += [flag, value]
     if options.log_file is not None:
         _prepare_log(options.log_file)
-    return ServerProcess(command, log_dir=log_dir, log_file=options.log_file, port=options.port)
+    return ServerProcess(
+        command,
+        log_dir=log_dir,
+        log_file=options.log_file,
+        port=options.port,
+        env=private_pool_env(log_dir),
+    )
 
 
 def _prepare_log(path: Path) -> None:
@@ -157,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     out = sys.stderr if options.json else sys.stdout
     view = View(out, show_text=not options.json, colour=out.isatty())
-    with signals_like_ctrl_c(), scratch_directory() as log_dir:
+    with signals_like_ctrl_c(), scratch_directory() as log_dir, private_pool(log_dir):
         server = demo_server(options, log_dir)
         try:
             start(server, view, ranks=options.tensor_parallel_size)

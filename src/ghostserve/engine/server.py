@@ -81,7 +81,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, GhostConfig]:
         if arguments.model_tag is not None:
             arguments.model = arguments.model_tag
         config = GhostConfig.from_arguments(arguments)
-        arguments.load_format = load_format.choose(arguments, config)
         validate_parsed_serve_args(arguments)
     except GhostserveError:
         raise
@@ -107,6 +106,7 @@ def serve(argv: Sequence[str], mount: Mount, prepare: Prepare) -> int:
     logs.join_vllm()
     refuse_other_servers(arguments)
     prepare(arguments, config)
+    arguments.load_format = load_format.choose(arguments, config)
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
         os.environ[load_format.LOADER_ENV] = str(int(arguments.load_format == load_format.LOAD_FORMAT))

@@ -144,6 +144,8 @@ class PooledFile:
         follow = self._held
         assert isinstance(follow, Follow)
         outcome = follow.outcome(timeout_s=SUCCESSION_S)
+        if outcome is not None:
+            self._held = None  # what it held is that of the outcome now
         self.close()
         self._take(outcome or Refused(reason="the process that reads it stands still"))
 

@@ -1,0 +1,72 @@
+"""Which load format a server gets, and what a replacement is told."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ghostserve.config import GhostConfig
+from ghostserve.engine.load_format import LOAD_FORMAT, STOCK, choose, for_newcomer
+from ghostserve.errors import UnsafeWeightsError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model.safetensors").touch()
+    return tmp_path
+
+
+def chosen(model: object, *, protection: str = "parity", **given: Any) -> str:
+    arguments = Namespace(
+        model=str(model),
+        **{"load_format": None, "model_loader_extra_config": {}, "safetensors_load_strategy": None, **given},
+    )
+    return choose(arguments, GhostConfig(protection=protection))
+
+
+def test_ours_by_default(folder: Path) -> None:
+    assert chosen(folder) == LOAD_FORMAT
+    assert chosen("someone/something") == LOAD_FORMAT
+
+
+def test_vllms_own_without_protection(folder: Path) -> None:
+    assert chosen(folder, protection="none") == STOCK
+    assert chosen(folder, protection="none", load_format="ghostserve") == LOAD_FORMAT
+
+
+@pytest.mark.parametrize("given", ["auto", "dummy", "safetensors", "runai_streamer", "sharded_state"])
+def test_what_the_user_names(folder: Path, given: str) -> None:
+    assert chosen(folder, load_format=given) == given
+
+
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        ("s3://bucket/model", {}),
+        (None, {"model_loader_extra_config": {"num_threads": 4}}),
+        (None, {"safetensors_load_strategy": "eager"}),
+    ],
+)
+def test_what_only_vllms_loader_knows(folder: Path, model: str | None, given: dict[str, Any]) -> None:
+    assert chosen(model or folder, **given) == STOCK
+
+
+def test_a_single_file_is_no_folder_of_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    assert chosen(tmp_path / "model.gguf") == STOCK
+
+
+def test_pickles_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UnsafeWeightsError, match=r"pytorch_model\.bin.*safetensors.*--load-format auto"):
+        chosen(tmp_path)
+    assert chosen(tmp_path, load_format="auto") == "auto"
+
+
+def test_other_formats_are_left_as_they_are() -> None:
+    config = SimpleNamespace(load_format="auto")
+    assert for_newcomer(config, "source") is config

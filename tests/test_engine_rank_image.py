@@ -1,0 +1,277 @@
+"""A rank's parameters into the pool and out of it, with a holder of one's own and models of torch alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ghostserve.engine import rank_image
+from ghostserve.engine.model_memory import layout_of, why_not
+from ghostserve.weights.pool_types import EntryState
+from weights_pool_kit import Place
+
+ROWS = 300  # times 256 floats: large, with pages of its own
+
+
+class Model(nn.Module):
+    """Two large parameters, a small one, and one that both modules have."""
+
+    def __init__(self, *, device: str = "cpu") -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.empty(ROWS, 256, device=device), requires_grad=False)
+        self.bytes = nn.Parameter(torch.empty(1 << 17, dtype=torch.uint8), requires_grad=False)
+        self.small = nn.Parameter(torch.full((3,), 0.5, dtype=torch.bfloat16), requires_grad=False)
+        self.tied = nn.Module()
+        self.tied.weight = self.large
+        self.register_buffer("table", torch.arange(4.0))
+
+
+def fill(model: Model) -> None:
+    generator = torch.Generator().manual_seed(3)
+    model.large.data.copy_(torch.randn(ROWS, 256, generator=generator))
+    model.bytes.data.copy_(torch.randint(0, 256, (1 << 17,), generator=generator, dtype=torch.uint8))
+
+
+def contents(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: one.detach().clone() for name, one in model.named_parameters()}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path / "run")
+    yield place
+    rank_image._KEPT.clear()
+    place.close()
+
+
+def load(
+    place: Place | None,
+    model: nn.Module,
+    way: Callable[[], object],
+    *,
+    key: str = "rank-0",
+    unchanged: bool = True,
+    in_recovery: bool = False,
+) -> None:
+    wanted = rank_image.Wanted(key=key, label="model", in_recovery=in_recovery, unchanged=lambda: unchanged)
+    rank_image.load(model, None if place is None else place.pool(), wanted, way)  # type: ignore[arg-type]
+
+
+def loaded(place: Place | None) -> tuple[Model, int]:
+    """A model that is loaded, and how often that took vLLM's way."""
+    model, filled = Model(), []
+    load(place, model, lambda: filled.append(fill(model)))
+    return model, len(filled)
+
+
+@pytest.fixture
+def expected() -> dict[str, torch.Tensor]:
+    model = Model()
+    fill(model)
+    return contents(model)
+
+
+def same(model: nn.Module, expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one, expected[name]) for name, one in model.named_parameters())
+
+
+def test_first_filled_then_mapped(place: Place, expected: dict[str, torch.Tensor]) -> None:
+    """What loading does not touch keeps the value that it was built with."""
+    first, filled = loaded(place)
+    second, filled_again = loaded(place)
+    assert (filled, filled_again) == (1, 0)
+    assert same(first, expected)
+    assert same(second, expected)
+    assert second.tied.weight is second.large
+
+
+def test_who_changes_his_parameters_changes_nobody_elses(
+    place: Place, expected: dict[str, torch.Tensor]
+) -> None:
+    for model in (loaded(place)[0], loaded(place)[0]):
+        for one in model.parameters():
+            one.data.zero_()
+    assert same(loaded(place)[0], expected)
+
+
+def test_the_memory_of_a_parameter_goes_with_it(place: Place) -> None:
+    """As when vLLM has made its own copy of a linear layer's weight."""
+    loaded(place)
+    model = loaded(place)[0]
+    large = model.large.data_ptr()
+    assert mapped(large)
+    model.tied.weight = model.large = nn.Parameter(torch.empty(0), requires_grad=False)
+    assert not mapped(large)
+    assert mapped(model.bytes.data_ptr())
+
+
+def mapped(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if int(first, 16) <= address < int(last, 16):
+            return "ghostserve-weights" in line
+    return False
+
+
+def test_an_error_while_loading_is_the_loaders(place: Place, expected: dict[str, torch.Tensor]) -> None:
+    """Nothing is published, and the next one loads."""
+
+    def fail() -> None:
+        raise OSError("the disk")
+
+    with pytest.raises(OSError, match="the disk"):
+        load(place, Model(), fail)
+    model, filled = loaded(place)
+    assert filled == 1
+    assert same(model, expected)
+
+
+def buffer(model: Model) -> None:
+    model.table += 1
+
+
+def attribute(model: Model) -> None:
+    model.seen = {"large"}
+
+
+def replaced(model: Model) -> None:
+    model.bytes = nn.Parameter(model.bytes.data.clone(), requires_grad=False)
+
+
+def another_memory(model: Model) -> None:
+    model.bytes.data = model.bytes.data.clone()
+
+
+def attribute_of_a_parameter(model: Model) -> None:
+    model.small.shard = 1
+
+
+@pytest.mark.parametrize("more", [buffer, attribute, replaced, another_memory, attribute_of_a_parameter])
+def test_loading_that_does_more_than_fill(
+    place: Place, expected: dict[str, torch.Tensor], more: Callable[[Model], None], caplog
+) -> None:
+    """The model is loaded and nothing is published: a second process would lack what was done beside."""
+    caplog.set_level(logging.INFO)
+    model = Model()
+
+    def way() -> None:
+        fill(model)
+        more(model)
+
+    load(place, model, way)
+    assert same(model, expected)
+    assert "loading this model does more than fill parameters" in caplog.text
+    assert not place.pool().list()
+
+
+def test_files_that_changed_meanwhile(place: Place, expected: dict[str, torch.Tensor]) -> None:
+    model = Model()
+    load(place, model, lambda: fill(model), unchanged=False)
+    assert same(model, expected)
+    assert not place.pool().list()
+
+
+def test_an_image_of_another_model_is_not_used(
+    place: Place, expected: dict[str, torch.Tensor], caplog
+) -> None:
+    """Same key and same size; the table tells."""
+    caplog.set_level(logging.INFO)
+    loaded(place)
+    model = Model()
+    del model.tied
+    model.renamed, model.large = model.large, None
+    filled: list[object] = []
+
+    def way() -> None:
+        filled.append(None)
+        model.renamed.data.fill_(1)
+
+    load(place, model, way)
+    assert filled
+    assert "the pool's image is not used" in caplog.text
+    assert (model.renamed == 1).all()
+
+
+def test_no_pool(expected: dict[str, torch.Tensor], caplog) -> None:
+    caplog.set_level(logging.INFO)
+    model, filled = loaded(None)
+    assert filled == 1
+    assert same(model, expected)
+    assert caplog.text.count("for this process alone") == 1
+
+
+def test_a_holder_that_hangs_or_dies_while_it_is_filled(
+    place: Place, expected: dict[str, torch.Tensor]
+) -> None:
+    for hurt in ("stop", "kill"):
+        model, pool = Model(), place.pool()
+        with place.stopped():
+
+            def way(model: Model = model, hurt: str = hurt) -> None:
+                fill(model)
+                if hurt == "kill":
+                    place.kill()
+
+            wanted = rank_image.Wanted(key=hurt, label="model", in_recovery=True, unchanged=lambda: True)
+            if hurt == "stop":
+                rank_image.load(model, pool, wanted, way)
+        if hurt == "kill":
+            rank_image.load(model, place.pool(), wanted, way)
+        assert same(model, expected)
+
+
+def test_one_that_is_being_filled_is_waited_for_within_bounds(
+    place: Place, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_image, "FOLLOW_S", 0.2)
+    layout = layout_of(Model())
+    lease = place.pool().open("rank-0", layout.nbytes, kind="rank", label="model", reload_cost_s=1.0)
+    model, filled = loaded(place)
+    assert filled == 1
+    assert same(model, expected)
+    assert [entry.state for entry in place.pool().list()] == [EntryState.FILLING]
+    lease.close()
+
+
+# ---- what is left alone ----------------------------------------------------------------------------------------------
+
+
+def shared(model: Model) -> None:
+    model.other = nn.Parameter(model.large.data, requires_grad=False)
+
+
+def part(model: Model) -> None:
+    model.other = nn.Parameter(torch.empty(2, 8)[1:], requires_grad=False)
+
+
+def transposed(model: Model) -> None:
+    model.other = nn.Parameter(torch.empty(2, 8).t(), requires_grad=False)
+
+
+def meta(model: Model) -> None:
+    model.other = nn.Parameter(torch.empty(2, device="meta"), requires_grad=False)
+
+
+def lazy(model: Model) -> None:
+    model.other = nn.UninitializedParameter()
+
+
+def alias_buffer(model: Model) -> None:
+    model.register_buffer("view", model.large.data[0], persistent=False)
+
+
+def alias_attribute(model: Model) -> None:
+    model.views = [model.large.data]
+
+
+@pytest.mark.parametrize("make", [shared, part, transposed, meta, lazy, alias_buffer, alias_attribute])
+def test_what_is_out_of_the_ordinary_is_left_alone(make: Callable[[Model], None]) -> None:
+    model = Model()
+    assert why_not(model) is None
+    make(model)
+    assert why_not(model) is not None

@@ -1,0 +1,181 @@
+"""One file and several processes: read once, right for all, whoever dies or hangs on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ghostserve.errors import WeightsChangedError
+from ghostserve.weights import pooled_file
+from ghostserve.weights.model_files import WeightsFile, open_file
+from ghostserve.weights.pool import Follow, Hit, Lease
+from ghostserve.weights.pooled_file import PooledFile, file_key
+from weights_kit import write_weights
+from weights_pool_kit import SOURCE, Place, eventually
+
+TENSORS = {"a": ("U8", [5 << 20]), "b": ("F32", [7]), "c": ("U8", [3 << 20])}
+
+FIRST = """
+import sys, time
+from pathlib import Path
+from ghostserve.weights import arriving
+from ghostserve.weights.model_files import open_file
+from ghostserve.weights.pool import Pool
+from ghostserve.weights.pooled_file import PooledFile
+stock = arriving.read_ranges
+def half(path, ranges, into, *, on_ready, **more):  # reads all, says half of it, and goes no further
+    def tell(ready):
+        on_ready(min(ready, 4 << 20))
+    stock(path, ranges, into, on_ready=tell, **more)
+    print("half", flush=True)
+    time.sleep(60)
+arriving.read_ranges = half
+file = open_file(Path(sys.argv[1]))
+pool = Pool.connect(start=False, directory=Path(sys.argv[2]))
+PooledFile(pool, file, [], label="model", verify=None).wait()
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path / "run")
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> WeightsFile:
+    write_weights(tmp_path / "model.safetensors", TENSORS)
+    return open_file(tmp_path / "model.safetensors")
+
+
+def spans_of(file: WeightsFile) -> list[tuple[int, int]]:
+    return [(one.begin, one.end) for one in file.header.tensors]
+
+
+def opened(place: Place, file: WeightsFile) -> PooledFile:
+    return PooledFile(place.pool(), file, spans_of(file), label="model", verify=None)
+
+
+def demand_all(pooled: PooledFile, file: WeightsFile) -> None:
+    content = file.path.read_bytes()
+    for begin, end in spans_of(file):
+        assert pooled.get(begin, end).tobytes() == content[begin:end]
+
+
+def test_read_once_then_there(place: Place, file: WeightsFile) -> None:
+    first, second = opened(place, file), opened(place, file)
+    assert isinstance(first._held, Lease)
+    assert isinstance(second._held, Follow)
+    demand_all(second, file)
+    demand_all(first, file)
+    for one in (first, second):
+        one.wait()
+    third = opened(place, file)
+    assert isinstance(third._held, Hit)
+    demand_all(third, file)
+    third.wait()
+    for one in (first, second, third):
+        one.close()
+    assert [entry.references for entry in place.pool().list()] == [0]
+
+
+def test_who_changes_a_tensor_changes_his_own(place: Place, file: WeightsFile) -> None:
+    first = opened(place, file)
+    begin, end = spans_of(file)[0]
+    first.get(begin, end)[:] = 0
+    first.wait()
+    second = opened(place, file)
+    demand_all(second, file)
+    for one in (first, second):
+        one.close()
+
+
+@pytest.fixture
+def stuck(place: Place, file: WeightsFile) -> Iterator[subprocess.Popen[str]]:
+    """A process that reads the file and gets no further than half of it."""
+    place.pool()
+    process = subprocess.Popen(
+        [sys.executable, "-c", FIRST, str(file.path), str(place.directory)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": SOURCE},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    yield process
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
+
+
+def test_the_reader_is_killed(place: Place, file: WeightsFile, stuck: subprocess.Popen[str]) -> None:
+    """Its follower reads in its place, for itself and for others, into new memory."""
+    follower = opened(place, file)
+    assert isinstance(follower._held, Follow)
+    begin = spans_of(file)[0][0]
+    assert follower.get(begin, begin + 4096).tobytes() == file.path.read_bytes()[begin : begin + 4096]
+    stuck.kill()
+    stuck.wait(10)
+    demand_all(follower, file)
+    assert isinstance(follower._held, Lease)
+    follower.wait()
+    assert isinstance(follower._held, Hit)
+    follower.close()
+    eventually(lambda: [entry.references for entry in place.pool().list()] == [0])
+
+
+def test_the_reader_stands_still(
+    place: Place, file: WeightsFile, stuck: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooled_file, "STALL_S", 0.1)
+    monkeypatch.setattr(pooled_file, "SUCCESSION_S", 0.1)
+    stuck.send_signal(signal.SIGSTOP)
+    follower = opened(place, file)
+    demand_all(follower, file)
+    assert follower._held is None, "read alone"
+    follower.wait()
+    follower.close()
+
+
+def test_the_holder_is_killed_meanwhile(place: Place, file: WeightsFile) -> None:
+    first, second = opened(place, file), opened(place, file)
+    place.kill()
+    for one in (first, second):
+        demand_all(one, file)
+        one.wait()
+        one.close()
+
+
+def test_the_pool_has_no_room(place: Place, file: WeightsFile) -> None:
+    pool = place.pool(budget_bytes=1 << 20)
+    alone = PooledFile(pool, file, spans_of(file)[1:2], label="model", verify=None)
+    begin, end = spans_of(file)[1]
+    assert alone.get(begin, end).tobytes() == file.path.read_bytes()[begin:end]
+    alone.wait()
+    alone.close()
+
+
+def test_a_file_that_changed_while_others_read_it(place: Place, file: WeightsFile) -> None:
+    """Who read it may not live to say so: each looks by itself."""
+    first = opened(place, file)
+    first.wait()
+    second = opened(place, file)
+    demand_all(second, file)
+    os.utime(file.path, ns=(0, 0))
+    with pytest.raises(WeightsChangedError):
+        second.wait()
+    for one in (first, second):
+        one.close()
+
+
+def test_other_bytes_have_another_key(file: WeightsFile) -> None:
+    key = file_key(file)
+    os.utime(file.path, ns=(0, 0))
+    assert file_key(open_file(file.path)) != key
