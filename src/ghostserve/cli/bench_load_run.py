@@ -35,7 +35,8 @@ class Trials:
 
     def __init__(self, *, scratch: Path, log: Path) -> None:
         self._scratch, self._log, self._number = scratch, log, 0
-        self.pool_directory = scratch / "pool"  # not the user's own
+        self._pool = scratch / "pool"  # not the user's own, nor are the checksums
+        self._places = {RUNTIME_DIR_ENV: str(self._pool), "XDG_CACHE_HOME": str(scratch / "cache")}
 
     def __enter__(self) -> Trials:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -79,7 +80,7 @@ class Trials:
             "load_format": loader.load_format,
             "strategy": loader.strategy,
             "extra": loader.extra,
-            "environment": loader.environment | {RUNTIME_DIR_ENV: str(self.pool_directory)},
+            "environment": loader.environment | self._places,
             "scratch": str(self._scratch),
             "digest": digest,
         }
@@ -95,7 +96,7 @@ class Trials:
 
     def stop_pool(self) -> None:
         """End the holder that earlier trials started, and all that it holds."""
-        pool = Pool.connect(start=False, directory=self.pool_directory)
+        pool = Pool.connect(start=False, directory=self._pool)
         if pool is not None:
             pool.stop()
 

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from ghostserve.engine.load_meter import Meter, memory
-from ghostserve.engine.loader_files import OpenBytes, tensors
+from ghostserve.engine.loader_files import FileBytes, tensors
 from ghostserve.native.checksum import crc32
 from ghostserve.weights.arriving import Arriving, private_memory
-from ghostserve.weights.model_files import open_files
+from ghostserve.weights.checksum_file import ChecksumFile
+from ghostserve.weights.checksums import Checksums
+from ghostserve.weights.model_files import WeightsFile, open_files
 from ghostserve.weights.pool import Pool
 from ghostserve.weights.pooled_file import PooledFile
 
@@ -80,22 +82,36 @@ def runai_tensors(files: list[str]) -> Tensors:
 
 
 def our_tensors(files: list[str]) -> Tensors:
-    """What the load format `ghostserve` does without a pool."""
-    yield from _ours(
-        files, lambda file, spans: Arriving(file, spans, private_memory(file), direct=None, verify=None)
-    )
+    """What the load format `ghostserve` does without a pool, checksums included."""
+
+    def open_alone(file: WeightsFile, spans: list[tuple[int, int]], verify: Checksums) -> FileBytes:
+        return Arriving(file, spans, private_memory(file), direct=None, verify=verify)
+
+    return _ours(files, open_alone)
 
 
 def our_pooled_tensors(files: list[str]) -> Tensors:
     """What it does with several ranks: whole files, by way of the pool."""
     pool = Pool.connect(start=True)
     assert pool is not None, "there is no pool"
-    yield from _ours(files, lambda file, spans: PooledFile(pool, file, spans, label="bench", verify=None))
+
+    def open_pooled(file: WeightsFile, spans: list[tuple[int, int]], verify: Checksums) -> FileBytes:
+        return PooledFile(pool, file, spans, label="bench", verify=verify)
+
+    return _ours(files, open_pooled)
 
 
-def _ours(files: list[str], open_bytes: OpenBytes) -> Tensors:
+def _ours(
+    files: list[str], open_bytes: Callable[[WeightsFile, list[tuple[int, int]], Checksums], FileBytes]
+) -> Tensors:
     paths = [Path(file) for file in files]
-    yield from tensors(open_files(paths, folder=paths[0].parent).files, open_bytes, lambda name: True)
+    model = open_files(paths, folder=paths[0].parent)
+    checksums = ChecksumFile(model)
+    yield from tensors(
+        model.files, lambda file, spans: open_bytes(file, spans, checksums.of(file)), lambda name: True
+    )
+    if checksums.learned:
+        checksums.save()
 
 
 READERS: dict[str, Callable[[list[str]], Tensors]] = {
