@@ -158,4 +158,4 @@ def _write_file(path: Path, tensors: list[tuple[str, tuple[int, ...]]], rng: np.
 def _random(rng: np.random.Generator, count: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
     """bfloat16 of both signs between 2**-7 and 2**-3: finite in every sum, and no disk can compress them much."""
     bits = rng.integers(0, 1 << 16, count, dtype=np.uint16)
-    return (bits & 0x81FF) | 0x3C00
+    return (bits & np.uint16(0x81FF)) | np.uint16(0x3C00)
