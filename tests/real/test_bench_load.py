@@ -11,7 +11,7 @@ from ghostserve.cli import bench_load
 from ghostserve.cli.bench_load_model import Shape
 from ghostserve.cli.bench_load_plan import POOL, VLLM, Cell, State, plan_cells
 from ghostserve.cli.bench_load_report import Report
-from ghostserve.cli.bench_load_run import Trials
+from ghostserve.cli.bench_load_run import SHARED_MEMORY, Trials
 from ghostserve.errors import StartError
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
@@ -65,13 +65,14 @@ def test_a_loader_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    """Neither the process of the trials nor the holder that a load has started."""
-    cell = Cell(loader=POOL, state=State.COLD, raw=True)
+    """Neither the process of the trials, nor the holder that a load has started, nor shared memory of vLLM's."""
+    cells = [Cell(loader=POOL, state=State.COLD, raw=True), Cell(loader=VLLM, state=State.CACHED, ranks=2)]
     before = _children()
     bench_load.measure(
-        Shape.tiny(), cells=[cell], repetitions=1, directory=tmp_path, on_progress=lambda text: None
+        Shape.tiny(), cells=cells, repetitions=1, directory=tmp_path, on_progress=lambda text: None
     )
     assert not list(tmp_path.iterdir())
+    assert not list(SHARED_MEMORY.glob(f"{bench_load.PREFIX}*"))
     assert _children() == before
     assert not _processes_naming(str(tmp_path))
 

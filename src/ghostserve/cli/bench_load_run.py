@@ -6,6 +6,7 @@ read of the same files, and its share of the ceiling is the share of that read.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ from ghostserve.weights.pool import Pool
 from ghostserve.weights.runtime_dir import RUNTIME_DIR_ENV
 
 START_S, TRIAL_S, END_S = 120.0, 300.0, 10.0
+SHARED_MEMORY = Path("/dev/shm")
 _PACKET_BYTES = 1 << 16
 
 
@@ -70,9 +72,18 @@ class Trials:
     ) -> list[dict[str, Any]]:
         """The figures of each rank. `before` is called when all models are built, before the clock starts."""
         self._number += 1
+        meeting = self._scratch / f"{self._scratch.parent.name}-{self._number}"
+        try:
+            return self._run(cell, model=model, digest=digest, before=before, meeting=meeting)
+        finally:
+            for left in SHARED_MEMORY.glob(f"{glob.escape(meeting.name)}-*"):
+                left.unlink(missing_ok=True)  # of vLLM's collectives between ranks
+
+    def _run(
+        self, cell: Cell, *, model: Path, digest: bool, before: Callable[[], None], meeting: Path
+    ) -> list[dict[str, Any]]:
         loader = cell.loader
         task = {
-            "number": self._number,
             "model": str(model),
             "ranks": cell.ranks,
             "raw": cell.raw,
@@ -81,7 +92,7 @@ class Trials:
             "strategy": loader.strategy,
             "extra": loader.extra,
             "environment": loader.environment | self._places,
-            "scratch": str(self._scratch),
+            "meeting": str(meeting),
             "digest": digest,
         }
         self._say(task)

@@ -66,8 +66,8 @@ def model_trial(line: Talk, task: dict[str, Any], rank: int) -> None:
         disable_custom_all_reduce=True,
     )
     config = arguments.create_engine_config()
-    meeting = Path(task["scratch"]) / f"meeting-{task['number']}"
-    os.environ["VLLM_DIST_IDENT"] = meeting.name
+    meeting = task["meeting"]  # a file that is not there yet
+    os.environ["VLLM_DIST_IDENT"] = Path(meeting).name  # of shared memory
     with set_current_vllm_config(config):
         init_worker_distributed_environment(config, rank, f"file://{meeting}", rank, "gloo")
         phases = Phases(line, config.load_config, digest=task["digest"])
