@@ -1,4 +1,4 @@
-"""`ghostserve bench`: figures of this machine. So far the codec's."""
+"""`ghostserve bench`: figures of this machine. One subcommand for each thing that can be measured."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ghostserve.cli.arguments import new_parser
+from ghostserve.cli import bench_load
+from ghostserve.cli.arguments import Parser, new_parser
 from ghostserve.cli.bench_codec import Report, measure, plan_cells, table
 from ghostserve.errors import UnsupportedError, UsageError
 from ghostserve.native import Path256
 
+CODEC = "the erasure code, against ISA-L, numpy and torch"
+LOAD = "loading weights, against vLLM's own loader, fastsafetensors, Run:ai's streamer and the disk itself"
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("bench", "Measure what this machine gives.")
-    parser.add_argument(
-        "what", choices=["codec"], help="codec: the erasure code, against ISA-L, numpy and torch"
-    )
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="codec|load", parser_class=Parser)
+    codec = verbs.add_parser("codec", help=CODEC, description=f"Measure {CODEC}.", allow_abbrev=False)
+    _add_codec_options(codec)
+    load = verbs.add_parser("load", help=LOAD, description=bench_load.DESCRIPTION, allow_abbrev=False)
+    bench_load.add_options(load)
+    return parser
+
+
+def _add_codec_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument(
         "--quick", action="store_true", help="a dozen representative cells, under two minutes"
@@ -30,12 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repetitions", type=int, default=9, metavar="N", help="of each cell, at least 3 (default 9)"
     )
-    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns its exit code."""
     arguments = _parser().parse_args(argv)
+    return bench_load.run(arguments) if arguments.what == "load" else _codec(arguments)
+
+
+def _codec(arguments: argparse.Namespace) -> int:
     path = None if arguments.path is None else Path256[arguments.path.upper()]
     if arguments.repetitions < 3:
         raise UsageError(f"--repetitions {arguments.repetitions}: at least 3 for a median")

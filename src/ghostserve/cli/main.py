@@ -29,7 +29,7 @@ VERBS = {
     "doctor": "look for what stands in the way of a server here, with a remedy for each finding",
     "models": "list, fetch, check, warm, pin and remove models, on the disk and in memory",
     "demo": "kill a worker in the middle of an answer and check that the answer goes on unchanged",
-    "bench": "measure what the codec reaches on this machine",
+    "bench": "measure what the codec, or loading weights, reaches on this machine",
     "chaos": "load a server, have faults of all kinds strike it, and compare every answer",
     "simulate": "try thousands of schedules of losses and faults on a simulated cluster",
 }

@@ -22,6 +22,11 @@ class FileBytes(Protocol):
         """These bytes of the file, writable, nobody else's. Waits for them. Raises WeightsError."""
         ...
 
+    @property
+    def arrived(self) -> bool:
+        """Whether all that is wanted is there: `get` would not wait."""
+        ...
+
     def wait(self) -> None:
         """Until the file has been read to its end, and was what it had been at the beginning. Raises WeightsError."""
         ...
@@ -38,18 +43,45 @@ OpenBytes = Callable[[WeightsFile, list[tuple[int, int]]], FileBytes]
 def tensors(
     files: Iterable[WeightsFile], open_bytes: OpenBytes, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor, views of the memory that the bytes came to. Raises WeightsError by its kind."""
-    for file in files:
-        spans = [span for span in file.header.tensors if wanted(span.name)]
-        if not spans:
-            continue
-        arriving = open_bytes(file, [(span.begin, span.end) for span in spans])
-        try:
+    """Name and tensor, views of the memory that the bytes came to. Raises WeightsError by its kind.
+
+    A file is opened as soon as the bytes of the one before are there, so that the disk is busy while its last tensors are taken.
+    """
+    todo = _wanted_of(files, wanted)
+    now, then = _opened(todo, open_bytes), None
+    try:
+        while now is not None:
+            file, spans, arriving = now
             for span in spans:
-                yield span.name, tensor_of(span, arriving.get(span.begin, span.end), file)
+                data = arriving.get(span.begin, span.end)
+                if then is None and arriving.arrived:
+                    then = _opened(todo, open_bytes)
+                yield span.name, tensor_of(span, data, file)
             arriving.wait()
-        finally:
             arriving.close()
+            now, then = then or _opened(todo, open_bytes), None
+    finally:
+        for opened in (now, then):
+            if opened is not None:
+                opened[2].close()
+
+
+def _wanted_of(
+    files: Iterable[WeightsFile], wanted: Callable[[str], bool]
+) -> Iterator[tuple[WeightsFile, list[TensorSpan]]]:
+    """Each file of which something is wanted, and what."""
+    for file in files:
+        if spans := [span for span in file.header.tensors if wanted(span.name)]:
+            yield file, spans
+
+
+def _opened(
+    todo: Iterator[tuple[WeightsFile, list[TensorSpan]]], open_bytes: OpenBytes
+) -> tuple[WeightsFile, list[TensorSpan], FileBytes] | None:
+    """The next file, opened; None if there is none."""
+    for file, spans in todo:
+        return file, spans, open_bytes(file, [(span.begin, span.end) for span in spans])
+    return None
 
 
 def tensor_of(span: TensorSpan, data: Bytes, file: WeightsFile) -> torch.Tensor:

@@ -91,6 +91,13 @@ class PooledFile:
         assert self._view is not None
         return self._view[begin:end]
 
+    @property
+    def arrived(self) -> bool:
+        """Whether all that was wanted is there."""
+        if isinstance(self._held, Follow):
+            return self._watermark is not None and self._watermark.ready_bytes == self._file.nbytes
+        return self._arriving is None or self._arriving.arrived
+
     def wait(self) -> None:
         if self._arriving is not None:
             self._arriving.wait()
