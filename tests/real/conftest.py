@@ -8,11 +8,7 @@ import pytest
 
 from real import kit
 
-<<<<<<< HEAD
-SERVERS_MAX = 12
-=======
-SERVERS_MAX = 11
->>>>>>> 71747aa3d17d0efe37a97416890dc229cf4eb875
+SERVERS_MAX = 13
 
 
 @pytest.fixture(scope="session", autouse=True)
