@@ -61,6 +61,7 @@ PURE = {  # decide, and do nothing: no torch, no clock, no process; tested in mi
     "weights/pool_messages.py",
     "weights/pool_types.py",
     "weights/ranges.py",
+    "weights/rank_image.py",
 }
 NOT_PURE = {
     "torch",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import tomllib
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 
 from ghostserve.config import GhostConfig
-from ghostserve.engine.load_format import LOAD_FORMAT, STOCK, choose, for_newcomer
+from ghostserve.engine.load_format import LOAD_FORMAT, LOADER_ENV, STOCK, choose, for_newcomer
 from ghostserve.errors import UnsafeWeightsError
 
 
@@ -65,6 +68,19 @@ def test_pickles_are_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(UnsafeWeightsError, match=r"pytorch_model\.bin.*safetensors.*--load-format auto"):
         chosen(tmp_path)
     assert chosen(tmp_path, load_format="auto") == "auto"
+
+
+def test_vllms_own_workers_come_to_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the plugin that the package names; it imports nothing where nobody asked for it."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    module, _, name = project["project"]["entry-points"]["vllm.general_plugins"][
+        "ghostserve_load_format"
+    ].partition(":")
+    register = getattr(importlib.import_module(module), name)
+    monkeypatch.delenv(LOADER_ENV, raising=False)
+    before = set(sys.modules)
+    register()
+    assert set(sys.modules) == before
 
 
 def test_other_formats_are_left_as_they_are() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ghostserve.engine import rank_image
 from ghostserve.engine.model_memory import layout_of, why_not
+from ghostserve.weights.pool import Pool
 from ghostserve.weights.pool_types import EntryState
 from weights_pool_kit import Place
 
@@ -205,24 +206,32 @@ def test_no_pool(expected: dict[str, torch.Tensor], caplog) -> None:
     assert caplog.text.count("for this process alone") == 1
 
 
-def test_a_holder_that_hangs_or_dies_while_it_is_filled(
-    place: Place, expected: dict[str, torch.Tensor]
+def test_a_holder_that_hangs(place: Place, expected: dict[str, torch.Tensor], caplog) -> None:
+    """Asked before it hung, it does not answer any more: loaded within bounds, with a line that says so."""
+    caplog.set_level(logging.INFO)
+    place.pool()
+    pool = Pool(place.directory, timeout_s=0.2)
+    model = Model()
+    wanted = rank_image.Wanted(key="rank-0", label="model", in_recovery=True, unchanged=lambda: True)
+    with place.stopped():
+        rank_image.load(model, pool, wanted, lambda: fill(model))
+    assert same(model, expected)
+    assert "for this process alone" in caplog.text
+
+
+def test_a_holder_that_dies_while_an_image_is_filled(
+    place: Place, expected: dict[str, torch.Tensor], caplog
 ) -> None:
-    for hurt in ("stop", "kill"):
-        model, pool = Model(), place.pool()
-        with place.stopped():
+    caplog.set_level(logging.INFO)
+    model = Model()
 
-            def way(model: Model = model, hurt: str = hurt) -> None:
-                fill(model)
-                if hurt == "kill":
-                    place.kill()
+    def way() -> None:
+        fill(model)
+        place.kill()
 
-            wanted = rank_image.Wanted(key=hurt, label="model", in_recovery=True, unchanged=lambda: True)
-            if hurt == "stop":
-                rank_image.load(model, pool, wanted, way)
-        if hurt == "kill":
-            rank_image.load(model, place.pool(), wanted, way)
-        assert same(model, expected)
+    load(place, model, way)
+    assert same(model, expected)
+    assert "loaded, and not left in the pool" in caplog.text
 
 
 def test_one_that_is_being_filled_is_waited_for_within_bounds(

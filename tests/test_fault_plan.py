@@ -257,11 +257,11 @@ def test_a_phase_that_the_rank_does_not_come_by(plan: FaultPlan, said: str) -> N
 
 
 def test_the_actions_are_those_of_the_table() -> None:
-    """Every action can be had by some name; none is left that nothing names."""
+    """Every action can be had by some name; none is left that nothing names. But a pause: nothing fails by it."""
     used = {facts.action for facts in KINDS.values()} - {None}
-    assert used == set(FaultAction)
+    assert used == set(FaultAction) - {FaultAction.PAUSE}
     named = {point for facts in KINDS.values() for point in facts.points}
-    assert named == set(FaultPoint)
+    assert named == set(FaultPoint) - {FaultPoint.SCHEDULED}
 
 
 def test_the_documentation_names_every_kind() -> None:

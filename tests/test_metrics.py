@@ -20,6 +20,7 @@ from ghostserve.types import FailureKind, Phase, RecoveryOutcome, ServerState
 from ghostserve.web import metrics
 from ghostserve.web.metric_table import METRICS, WORKER_STATES, worker_state
 from ghostserve.web.metrics import PageCollector, expose
+from ghostserve.weights.pool_types import ImageKind, Refusal
 from real.scraping import Scrape, parse, went_back
 
 PROMISED = {  # name and labels, as users were told
@@ -39,9 +40,15 @@ PROMISED = {  # name and labels, as users were told
     "ghostserve_encode_bytes_total": (),
     "ghostserve_scrub_mismatch_total": (),
     "ghostserve_standby_ready": (),
+    "ghostserve_weights_pool_bytes": ("kind",),
+    "ghostserve_weights_pool_budget_bytes": (),
+    "ghostserve_weights_pool_hits_total": ("kind",),
+    "ghostserve_weights_pool_misses_total": ("kind",),
+    "ghostserve_weights_pool_evictions_total": ("kind",),
 }
 LABEL_VALUES = {
-    "kind": {*(kind.value for kind in FailureKind), "nan", "inf"},
+    "kind": {*(kind.value for kind in FailureKind), "nan", "inf", *(kind.value for kind in ImageKind)},
+    "reason": {why.value for why in Refusal},
     "path": {"rebuild", "recompute"},
     "outcome": {outcome.value for outcome in RecoveryOutcome},
     "phase": {phase.value for phase in Phase},

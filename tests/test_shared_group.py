@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import signal
@@ -155,6 +156,44 @@ def test_gather_and_broadcast(ranks: int) -> None:
             assert torch.equal(result[2 * index + 1], numbers(ranks - 1, count, torch.uint8))
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_messages(ranks: int) -> None:
+    """From every rank to every other, shorter and longer than a slot, with a collective behind each."""
+
+    def body(rank: int, group: SharedGroup) -> bool:
+        for source, to in itertools.permutations(range(ranks), 2):
+            for count in (1, 64, SLOT_BYTES, SLOT_BYTES + 1, 3 * SLOT_BYTES + 7):
+                said = numbers(source, count, torch.uint8)
+                if rank == source:
+                    group.send(said.data_ptr(), nbytes=count, to=to)
+                if rank == to:
+                    found = torch.zeros(count, dtype=torch.uint8)
+                    group.recv(found.data_ptr(), nbytes=count, source=source)
+                    assert torch.equal(found, said), (source, to, count)
+            total = torch.ones(3)
+            group.all_reduce(total.data_ptr(), count=3, dtype=Dtype.F32)
+            assert total.tolist() == [ranks] * 3
+        return True
+
+    assert Ranks(ranks, body).wait() == [True] * ranks
+
+
+def test_a_short_message_waits_for_nobody() -> None:
+    """All send before anybody receives."""
+
+    def body(rank: int, group: SharedGroup) -> list[int]:
+        others = [peer for peer in range(3) if peer != rank]
+        for peer in others:
+            said = torch.full((SLOT_BYTES,), 10 * rank + peer, dtype=torch.uint8)
+            group.send(said.data_ptr(), nbytes=SLOT_BYTES, to=peer)
+        found = torch.zeros(3, SLOT_BYTES, dtype=torch.uint8)
+        for peer in others:
+            group.recv(found[peer].data_ptr(), nbytes=SLOT_BYTES, source=peer)
+        return [int(value) for peer in others for value in found[peer].unique()]
+
+    assert Ranks(3, body, timeout_s=10).wait() == [[10, 20], [1, 21], [2, 12]]
+
+
 def test_many_rounds_of_ranks_out_of_step() -> None:
     """A slot is not overwritten while a slow rank still reads it."""
 
@@ -187,6 +226,78 @@ def left_after(group: SharedGroup, call: Callable[[], None]) -> tuple[float, str
 def endless(rank: int, group: SharedGroup) -> tuple[float, str]:
     tensor = torch.ones(50_000)
     return left_after(group, lambda: group.all_reduce(tensor.data_ptr(), count=50_000, dtype=Dtype.F32))
+
+
+# What a survivor may be in, by the bytes of it; a slot has 128 KiB here, so a sum of three slots is six rounds.
+LONG_SLOT_BYTES, LONG_BYTES = 128 << 10, 3 * (128 << 10)
+OPERATIONS: dict[str, tuple[int, Callable[[SharedGroup, int], None]]] = {  # rounds, call
+    "a short sum": (1, lambda group, at: group.all_reduce(at, count=64, dtype=Dtype.F32)),
+    "a long sum": (6, lambda group, at: group.all_reduce(at, count=LONG_BYTES // 4, dtype=Dtype.F32)),
+    "all_gather": (3, lambda group, at: group.all_gather(at, at + LONG_BYTES, nbytes=LONG_BYTES)),
+    "gather, for another": (3, lambda group, at: group.all_gather(at, 0, nbytes=LONG_BYTES)),
+    "broadcast, from here": (3, lambda group, at: group.broadcast(at, nbytes=LONG_BYTES, source=0)),
+    "broadcast, from the lost one": (3, lambda group, at: group.broadcast(at, nbytes=LONG_BYTES, source=1)),
+}
+POINTS = [(name, point) for name, (rounds, _) in OPERATIONS.items() for point in range(rounds + 1)]
+HOW_LOST = pytest.mark.parametrize("killed", [True, False], ids=["killed", "left"])
+
+
+def lose(group: SharedGroup, *, killed: bool) -> tuple[float, str]:
+    """This rank is no more, in one way or the other."""
+    if killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.abandon()
+    return 0.0, "lost"
+
+
+def survivor_of(rank: int, group: SharedGroup, call: Callable[[SharedGroup, int], None]) -> tuple[float, str]:
+    memory = torch.zeros(4 * LONG_BYTES, dtype=torch.uint8)
+    return left_after(group, lambda: call(group, memory.data_ptr()))
+
+
+@HOW_LOST
+@pytest.mark.parametrize(("name", "point"), POINTS)
+def test_a_loss_after_every_round_of_every_operation(name: str, point: int, killed: bool) -> None:
+    """Rank 1 comes to so many rounds of it (a short broadcast is one, of whatever operation) and to no more."""
+    call = OPERATIONS[name][1]
+
+    def body(rank: int, group: SharedGroup) -> tuple[float, str]:
+        if rank != 1:
+            return survivor_of(rank, group, call)
+        line = torch.zeros(64, dtype=torch.uint8)
+        for _ in range(point):
+            group.broadcast(line.data_ptr(), nbytes=64, source=1)
+        return lose(group, killed=killed)
+
+    found = Ranks(3, body, slot_bytes=LONG_SLOT_BYTES).wait(of=[0, 2])
+    for seconds, reason in found:
+        assert "has ended" in reason or "left the group" in reason
+        assert seconds < 5
+
+
+@HOW_LOST
+@pytest.mark.parametrize("point", range(4))
+@pytest.mark.parametrize("sends", [True, False], ids=["sends", "receives"])
+def test_a_loss_after_every_piece_of_a_message(sends: bool, point: int, killed: bool) -> None:
+    """Of three, which rank 0 sends to rank 1, or is to get from it."""
+
+    def body(rank: int, group: SharedGroup) -> tuple[float, str]:
+        memory = torch.zeros(3 * SLOT_BYTES, dtype=torch.uint8)
+        at = memory.data_ptr()
+        if rank == 0:
+            send = lambda: group.send(at, nbytes=3 * SLOT_BYTES, to=1)  # noqa: E731
+            recv = lambda: group.recv(at, nbytes=3 * SLOT_BYTES, source=1)  # noqa: E731
+            return left_after(group, send if sends else recv)
+        for _ in range(point):
+            if sends:
+                group.recv(at, nbytes=SLOT_BYTES, source=0)
+            else:
+                group.send(at, nbytes=SLOT_BYTES, to=0)
+        return lose(group, killed=killed)
+
+    ((seconds, reason),) = Ranks(2, body).wait(of=[0])
+    assert "has ended" in reason or "left the group" in reason
+    assert seconds < 5
 
 
 @pytest.mark.parametrize("killed", [0, 1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import os
@@ -160,13 +161,16 @@ def test_many_rounds_leave_no_descriptor_and_no_memory(place: Place) -> None:
         eventually(lambda: pool.stats().clients == 0)
         pool.drop("m")
         eventually(lambda: sum("socket" in name for name in place.descriptors()) <= 1)
+        gc.collect()  # what earlier tests left
         return len(place.descriptors()), len(os.listdir("/proc/self/fd"))
 
     round_of(0)
     before = settled()
     for number in range(1, 60):
         round_of(number)
-    assert settled() == before
+    after = settled()
+    assert after[0] <= before[0], place.descriptors()
+    assert after[1] <= before[1], os.listdir("/proc/self/fd")
     assert place.memory_bytes() == 0
 
 
@@ -392,9 +396,9 @@ def test_a_holder_that_nobody_can_find_any_more_gives_way(place: Place) -> None:
     assert place.pid != first
     assert second.list() == []
     with runtime_dir.connect(place.directory.with_name("before"), timeout_s=10):
-        pass  # wakes it
-    place.directory.with_name("before").joinpath(runtime_dir.SOCKET_NAME).unlink()
-    assert pidfd_ends(first, timeout_s=40), "it looks for its socket twice a minute"
+        place.directory.with_name("before").joinpath(runtime_dir.SOCKET_NAME).unlink()
+    # The end of that connection wakes it; without one it looks for its socket twice a minute.
+    assert pidfd_ends(first, timeout_s=10)
 
 
 def test_the_log_of_a_holder_is_bounded(place: Place, caplog: pytest.LogCaptureFixture) -> None:

@@ -69,17 +69,18 @@ class Place:
 
     def descriptors(self) -> list[str]:
         """What the holder has open."""
-        folder = Path(f"/proc/{self.pid}/fd")
-        return sorted(os.readlink(entry) for entry in folder.iterdir())
+        return sorted(name for name, _ in self._open())
 
     def memory_bytes(self) -> int:
         """Memory behind the entries that the holder has."""
-        total = {}
+        found = {about.st_ino: about.st_blocks * 512 for name, about in self._open() if "memfd:" in name}
+        return sum(found.values())
+
+    def _open(self) -> Iterator[tuple[str, os.stat_result]]:
+        """The holder's descriptors; it may close some meanwhile."""
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
-            if "memfd:" in os.readlink(entry):
-                about = entry.stat()
-                total[about.st_ino] = about.st_blocks * 512
-        return sum(total.values())
+            with contextlib.suppress(FileNotFoundError):
+                yield os.readlink(entry), entry.stat()
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import pytest
 
 from real import kit
 
-SERVERS_MAX = 12
+SERVERS_MAX = 13
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from real.kit import TINY
 
@@ -38,6 +40,31 @@ def build(name: str, directory: Path) -> Path:
     model.save_pretrained(directory)
     for file in TOKENIZER_FILES:
         shutil.copy(TINY / file, directory / file)
+    return directory
+
+
+def build_awq(directory: Path) -> Path:
+    """A llama in AWQ's format, 4 bits in groups of 32: random integers, small scales."""
+    build("llama", directory)
+    file, config = directory / "model.safetensors", directory / "config.json"
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(file).items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight.bfloat16()
+            continue
+        outputs, inputs = weight.shape
+        packed = {"qweight": (inputs, outputs // 8), "qzeros": (inputs // 32, outputs // 8)}
+        for part, size in packed.items():
+            tensors[name.replace("weight", part)] = torch.randint(
+                -(1 << 31), 1 << 31, size, generator=generator, dtype=torch.int64
+            ).int()
+        scales = torch.rand(inputs // 32, outputs, generator=generator) / 50
+        tensors[name.replace("weight", "scales")] = scales.bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    described = json.loads(config.read_text())
+    quantised = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    config.write_text(json.dumps({**described, "dtype": "bfloat16", "quantization_config": quantised}))
     return directory
 
 

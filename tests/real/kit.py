@@ -12,13 +12,14 @@ import json
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 import ghostserve
+from ghostserve.clock import monotonic_s
 from ghostserve.testing.client import StreamResult, stream_completion
 from ghostserve.testing.oracle import compare_choices
 from ghostserve.testing.server import ServerProcess, ghostserve_command
@@ -33,9 +34,9 @@ PROMPTS = {
 SERVER_ENV = {"VLLM_SERVER_DEV_MODE": "1"}
 STARTED: list[str] = []  # every server start of this session, by configuration
 SERVING = {  # flags and environment: model runner and scheduling
-    "v1-sync": ((), dict),
+    "v1-sync": ((), dict),  # what vLLM takes by itself on a CPU
     "v1-async": (("--async-scheduling",), dict),
-    "v2-sync": ((), v2_environment),
+    "v2-sync": (("--no-async-scheduling",), v2_environment),
     "v2-async": (("--async-scheduling",), v2_environment),
 }
 _salts = itertools.count()
@@ -154,6 +155,13 @@ class Served:
             assert not thread.is_alive(), "a stream did not end"
         return [results[position] for position in range(len(asks))]
 
+    def run_with_stops(self, ask: Ask, *stops: tuple[int, Callable[[], Any]]) -> StreamResult:
+        """A request that stands still after so many tokens while something is done: see Stops. None is left out."""
+        at = Stops(self, *stops)
+        result = self.run(ask, on_token=at)
+        assert at.done, result
+        return result
+
     def reference(self, ask: Ask) -> StreamResult:
         """The failure-free run."""
         if ask not in self.references:
@@ -191,6 +199,23 @@ class Served:
     def arm(self, *, point: str, rank: int, action: str, **more: int) -> None:
         self.server.admin.arm_fault(point=point, rank=rank, action=action, **more)
 
+    def kill_after(self, steps: int, *ranks: int, point: str = "before_model") -> None:
+        """Have ranks end by SIGKILL in the step that follows on `steps` more, that is tokens of each stream.
+
+        Counted by the server: a client that gets little processor cannot be late.
+        """
+        for rank in ranks:
+            self.arm(point=point, rank=rank, action="kill", skip=steps)
+
+    def one_step(self) -> None:
+        """Of what stands still."""
+        before = self.server.status()["counters"]["steps_total"]
+        self.arm(point="scheduled", rank=0, action="pause")
+        self.post("/resume")
+        self.server.wait_status(
+            lambda status: status["counters"]["steps_total"] > before, timeout_s=30, what="a step"
+        )
+
     @contextlib.contextmanager
     def unscrubbed(self) -> Iterator[None]:
         """Nothing is scrubbed meanwhile: corruption stays until it is met."""
@@ -200,9 +225,20 @@ class Served:
         finally:
             self.server.set_switch("skip_scrub", False)
 
-    def settle(self) -> dict[str, Any]:
-        """Serving, everything sealed is coded, nothing runs."""
+    def wait_now(
+        self, condition: Callable[[dict[str, Any]], bool], *, timeout_s: float, what: str
+    ) -> dict[str, Any]:
+        """The first status that was written from now on for which it holds: one that is there already may be a second old."""
+        asked_s = monotonic_s()
         return self.server.wait_status(
+            lambda status: status["written_at_s"] > asked_s and condition(status),
+            timeout_s=timeout_s,
+            what=what,
+        )
+
+    def settle(self) -> dict[str, Any]:
+        """Serving, everything sealed is coded, all ranks alive."""
+        return self.wait_now(
             lambda status: (
                 status["state"] == "serving"
                 and status["shadow"]["backlog_blocks"] == 0
@@ -275,8 +311,40 @@ def serve(
     return Served(server, door=door)
 
 
+class Stops:
+    """A callback for a lone stream that stands still after so many tokens each time, while something is done.
+
+    It is the server that counts and stops, so nothing is done too late, however little processor the client gets.
+    Between them it runs on: after the last one to its end.
+    """
+
+    def __init__(self, served: Served, *stops: tuple[int, Callable[[], Any]]) -> None:
+        self._served = served
+        self._left = list(stops)
+        self._seen = 0
+        self._arm()
+
+    @property
+    def done(self) -> bool:
+        return not self._left
+
+    def __call__(self, index: int, ids: Sequence[int], text: str, at_s: float) -> None:
+        self._seen += len(ids)
+        if self._left and self._seen >= self._left[0][0]:
+            try:
+                self._left.pop(0)[1]()
+                self._arm()
+            finally:
+                self._served.post("/resume")
+
+    def _arm(self) -> None:
+        if self._left:
+            steps = self._left[0][0] - self._seen
+            self._served.arm(point="scheduled", rank=0, action="pause", skip=steps - 1)
+
+
 class Hurt:
-    """A callback that does something once, when a stream has shown so many tokens."""
+    """A callback that does something once, when a stream has shown so many tokens, or later."""
 
     def __init__(self, at_token: int, action: Callable[[], Any]) -> None:
         self._at_token = at_token
@@ -290,6 +358,11 @@ class Hurt:
         if not self.done and self._seen >= self._at_token:
             self.done = True
             self.answer = self._action()
+
+
+def head(result: StreamResult, tokens: int) -> StreamResult:
+    """The first tokens of each choice: of a stream that was held open for longer than its reference."""
+    return replace(result, token_ids={index: ids[:tokens] for index, ids in result.token_ids.items()})
 
 
 def assert_same(reference: StreamResult, faulted: StreamResult) -> None:

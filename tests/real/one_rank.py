@@ -8,6 +8,7 @@ per load.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -29,9 +30,8 @@ from vllm.distributed import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
 
-import ghostserve.engine.loader  # noqa: F401
 from ghostserve.clock import monotonic_s
-from ghostserve.engine.load_format import for_newcomer
+from ghostserve.engine import load_format
 
 
 class Said(logging.Handler):
@@ -46,6 +46,8 @@ class Said(logging.Handler):
 
 
 def main(asked: dict[str, Any]) -> list[dict[str, Any]]:
+    load_format.register()  # as vLLM does in its own workers
+    gc.freeze()  # as our workers do: vLLM collects garbage twice in a load
     torch.set_num_threads(1)
     torch.accelerator.empty_cache = lambda: None  # as vLLM's runner for the CPU does
     ready = False
@@ -79,7 +81,7 @@ def config_of(load: dict[str, Any], asked: dict[str, Any]) -> Any:
     ).create_engine_config()
     config.parallel_config.rank = asked["rank"]
     if "source" in load:
-        config.load_config = for_newcomer(config.load_config, load["source"])
+        config.load_config = load_format.for_newcomer(config.load_config, load["source"])
     return config
 
 

@@ -24,7 +24,7 @@ from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.web.cache_salt import SALTED_PATHS
 from ghostserve.web.key_gate import OPEN_PATHS
 from real import kit
-from real.kit import PROMPTS, Ask, Door, Hurt, Served, assert_same
+from real.kit import PROMPTS, Ask, Door, Served, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 ALICE, BOB, ADMIN = "sk-alice-5f1c", "sk-bob-9d3e", "sk-admin-77aa"
@@ -237,8 +237,8 @@ def test_it_holds_after_a_recovery(served: Served) -> None:
     assert cached(served, ALICE, prompt) == 0
     ask = Ask(max_tokens=80)
     reference = served.reference(ask)
-    hurt = Hurt(30, lambda: served.kill(1))
-    assert_same(reference, served.run(ask, on_token=hurt))
+    served.kill_after(30, 1)
+    assert_same(reference, served.run(ask))
     assert served.recovery(after=before)["path"] == "rebuild"
     served.settle()
     assert cached(served, BOB, prompt) == 0
@@ -298,7 +298,7 @@ def wait_for_left(served: Served, patterns: list[bytes], *, at_most: int) -> int
 
 
 def wait_for_no_frame_in_use(served: Served) -> None:
-    served.server.wait_status(
+    served.wait_now(
         lambda status: status["counters"]["frames_used"] == 0, timeout_s=20, what="no frame in use"
     )
 
@@ -312,15 +312,11 @@ def patterns(served: Served) -> Iterator[list[bytes]]:
     taken: list[bytes] = []
 
     def look() -> None:
-        served.post("/pause?mode=keep&clear_cache=false")
         status = served.settle()
         taken.extend(windows(arena(served)["ghostserve-pool"], status["counters"]["frame_bytes"]))
         assert left_in(served, taken) == len(taken)
-        served.post("/resume")
 
-    hurt = Hurt(60, look)
-    assert served.run(Ask(max_tokens=100), on_token=hurt).error is None
-    assert hurt.done
+    assert served.run_with_stops(Ask(max_tokens=100), (60, look)).error is None
     assert len(taken) >= 4, "two mirrors of the tail and parity of sealed blocks"
     yield taken
     served.settle()

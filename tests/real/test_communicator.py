@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,9 @@ DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16,
     torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
 ]  # fmt: skip
+COPIED = [*DTYPES, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]  # what is never added up over the wire
 SHAPES = [(1,), (3, 5), (8, 257), (70, 1000), (3, 1 << 18)]
+KNOWN_TO_GLOO = set(COPIED) - {torch.int16, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2}
 Body = Callable[[int, Any], Any]
 
 
@@ -64,7 +67,7 @@ def run(tmp_path: Path, ranks: int, body: Body) -> list[Any]:
 
 def numbers(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     made = torch.Generator().manual_seed(rank + 1)
-    if dtype.is_floating_point:
+    if dtype.is_floating_point or dtype is torch.bool:
         return torch.randn(shape, generator=made).to(dtype)
     return torch.randint(0, 40, shape, generator=made).to(dtype)
 
@@ -75,35 +78,72 @@ def collectives(world: Any) -> communicator.TensorParallelCollectives:
     return communicator.TensorParallelCollectives("tp:0", world, shared)
 
 
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(
+        left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
+    )
+
+
+def same_sum(ours: Any, world: Any, mine: torch.Tensor, every: list[torch.Tensor]) -> None:
+    """Bit for bit in the order of the ranks, half types by way of float; about what torch says."""
+    total, dtype = mine.clone(), mine.dtype
+    ours.all_reduce(total, group=world)
+    through = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    expected = torch.zeros(mine.shape, dtype=through)
+    for part in every:
+        expected = expected + part.to(through)
+    assert torch.equal(total, expected.to(dtype)), (dtype, mine.shape)
+    if dtype in (torch.float32, torch.float64, torch.int32, torch.int64):
+        theirs = mine.clone()
+        dist.all_reduce(theirs, group=world)
+        assert torch.allclose(total, theirs, atol=1e-5), (dtype, mine.shape)  # added in another order
+
+
+def same_copies_as_gloo(ours: Any, world: Any, mine: torch.Tensor) -> None:
+    """What is compared above with what was put in, torch.distributed gives, too."""
+    ranks = dist.get_world_size(world)
+    found, theirs = (
+        torch.empty((ranks * mine.shape[0], *mine.shape[1:]), dtype=mine.dtype) for _ in range(2)
+    )
+    ours.all_gather_into_tensor(found, mine, group=world)
+    dist.all_gather_into_tensor(theirs, mine, group=world)
+    assert same_bits(found, theirs)
+    for source in range(ranks):
+        found, theirs = mine.clone(), mine.clone()
+        ours.broadcast(found, source)
+        dist.broadcast(theirs, group=world, group_src=source)
+        assert same_bits(found, theirs)
+
+
 def same_as_torch(rank: int, world: Any) -> str:
     ours = collectives(world)
     ranks = dist.get_world_size(world)
-    for dtype in DTYPES:
+    for dtype in COPIED:
         for shape in SHAPES:
             mine = numbers(rank, shape, dtype)
             every = [numbers(peer, shape, dtype) for peer in range(ranks)]
-
-            total = mine.clone()
-            ours.all_reduce(total, group=world)
-            through = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-            expected = torch.zeros(shape, dtype=through)
-            for part in every:
-                expected = expected + part.to(through)
-            assert torch.equal(total, expected.to(dtype)), (dtype, shape)
-            if dtype in (torch.float32, torch.float64, torch.int32, torch.int64):
-                theirs = mine.clone()
-                dist.all_reduce(theirs, group=world)
-                assert torch.allclose(total, theirs, atol=1e-5), (dtype, shape)  # added in another order
+            if dtype in DTYPES:
+                same_sum(ours, world, mine, every)
 
             gathered = torch.empty((ranks * shape[0], *shape[1:]), dtype=dtype)
             ours.all_gather_into_tensor(gathered, mine, group=world)
-            assert torch.equal(gathered, torch.cat(every)), (dtype, shape)
+            assert same_bits(gathered, torch.cat(every)), (dtype, shape)
 
-            for to in range(ranks):
-                parts = [torch.empty_like(mine) for _ in range(ranks)] if rank == to else None
-                ours.gather(mine, parts, dst=to, group=world)
+            for peer in range(ranks):
+                parts = [torch.empty_like(mine) for _ in range(ranks)] if rank == peer else None
+                ours.gather(mine, parts, dst=peer, group=world)
                 if parts is not None:
-                    assert all(torch.equal(part, whole) for part, whole in zip(parts, every, strict=True))
+                    assert all(same_bits(part, whole) for part, whole in zip(parts, every, strict=True))
+                said = mine.clone()
+                ours.broadcast(said, peer)
+                assert same_bits(said, every[peer]), (dtype, shape)
+                if rank == peer:
+                    ours.send(mine, (peer + 1) % ranks)
+                if rank == (peer + 1) % ranks:
+                    assert same_bits(ours.recv(shape, dtype, peer), every[peer]), (dtype, shape)
+
+            if shape == SHAPES[1] and dtype in KNOWN_TO_GLOO:
+                same_copies_as_gloo(ours, world, mine)
 
     flags = torch.tensor([rank == 0, False])
     ours.all_reduce(flags, group=world)  # what we cannot add is left to gloo
@@ -114,12 +154,9 @@ def same_as_torch(rank: int, world: Any) -> str:
     return "same"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_what_vllm_asks_for_equals_torch(tmp_path: Path, ranks: int) -> None:
     assert run(tmp_path, ranks, same_as_torch) == ["same"] * ranks
-
-
-SENT = [dtype for dtype in DTYPES if dtype is not torch.int16]  # gloo does not know it
 
 
 def coordinator(world: Any) -> Any:
@@ -139,13 +176,18 @@ def coordinator(world: Any) -> Any:
         unique_name=made.unique_name,
     )
     assert made.device_communicator.dist_module.over_shared_memory
+    made.use_cpu_custom_send_recv = (
+        made.device_communicator.supports_tensor_dict
+    )  # as it finds by itself on our platform
+    assert made.use_cpu_custom_send_recv
     return made
 
 
 def dictionary(rank: int) -> dict[str, Any]:
     """Tensors of every dtype, an empty one, and what is no tensor."""
-    tensors = {str(dtype): numbers(rank, (3, 5), dtype) for dtype in SENT}
-    return {**tensors, "empty": torch.empty(0, 7), "name": f"of rank {rank}", "none": None}
+    tensors = {str(dtype): numbers(rank, (3, 5), dtype) for dtype in COPIED}
+    across = numbers(rank, (6, 8), torch.float32).t()
+    return {**tensors, "across": across, "empty": torch.empty(0, 7), "name": f"of rank {rank}", "none": None}
 
 
 def same_dictionary(found: dict[str, Any] | None, expected: dict[str, Any]) -> bool:
@@ -153,20 +195,16 @@ def same_dictionary(found: dict[str, Any] | None, expected: dict[str, Any]) -> b
         found is not None
         and found.keys() == expected.keys()
         and all(
-            torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+            same_bits(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
             for name, value in expected.items()
         )
     )
 
 
 def through_the_coordinator(rank: int, world: Any) -> str:
-    """What is not ours: single tensors and dictionaries from one rank to another, and to all."""
+    """Single tensors and dictionaries from one rank to another over ours; the coordinator's own broadcasts over gloo."""
     group, ranks = coordinator(world), dist.get_world_size(world)
-    for source in range(ranks):
-        for dtype in SENT:
-            mine = numbers(rank, (3, 1000), dtype)
-            assert torch.equal(group.broadcast(mine, src=source), numbers(source, (3, 1000), dtype)), dtype
-        to = (source + 1) % ranks
+    for source, to in itertools.permutations(range(ranks), 2):
         if rank == source:
             group.send(numbers(rank, (3, 1000), torch.float32), dst=to)
             group.send_tensor_dict(dictionary(rank), dst=to)
@@ -174,15 +212,26 @@ def through_the_coordinator(rank: int, world: Any) -> str:
             found = group.recv(torch.Size((3, 1000)), torch.float32, src=source)
             assert torch.equal(found, numbers(source, (3, 1000), torch.float32))
             assert same_dictionary(group.recv_tensor_dict(src=source), dictionary(source))
-        given = dictionary(source) if rank == source else None
-        assert same_dictionary(group.broadcast_tensor_dict(given, src=source), dictionary(source))
-        total = group.all_reduce(numbers(rank, (8, 257), torch.float32))  # the two ways do not get mixed up
+    for source in range(ranks):
+        plain = {
+            "a": numbers(source, (3, 5), torch.float32),
+            "b": numbers(source, (2,), torch.int64),
+            "c": "said",
+        }
+        assert same_dictionary(
+            group.broadcast_tensor_dict(plain if rank == source else None, src=source), plain
+        )
+        mine = numbers(rank, (3, 1000), torch.bfloat16)
+        assert torch.equal(group.broadcast(mine, src=source), numbers(source, (3, 1000), torch.bfloat16))
+        said = group.device_communicator.broadcast(numbers(rank, (7,), torch.float16), source)
+        assert torch.equal(said, numbers(source, (7,), torch.float16))
+        total = group.all_reduce(numbers(rank, (8, 257), torch.float32))  # the ways do not get mixed up
         expected = sum(numbers(peer, (8, 257), torch.float32) for peer in range(ranks))
         assert torch.equal(total, expected)
     return "same"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_tensors_and_dictionaries_from_rank_to_rank(tmp_path: Path, ranks: int) -> None:
     assert run(tmp_path, ranks, through_the_coordinator) == ["same"] * ranks
 
@@ -213,18 +262,37 @@ def test_a_dictionary_of_a_peer_that_is_gone(tmp_path: Path, dies: bool) -> None
 
 
 def a_long_one(rank: int, world: Any) -> str:
-    ours = collectives(world)
+    """Every operation on 64 MiB."""
+    ours, ranks = collectives(world), dist.get_world_size(world)
+    mine = torch.full((1 << 24,), float(rank + 1))
+    mine[-1] = 7.0
+    every = torch.empty(ranks, 1 << 24)
+    ours.all_gather_into_tensor(every, mine, group=world)
+    assert [(row[0].item(), row[-2].item(), row[-1].item()) for row in every] == [
+        (peer + 1, peer + 1, 7) for peer in range(ranks)
+    ]
+    parts = list(every.zero_()) if rank == 1 else None
+    ours.gather(mine, parts, dst=1, group=world)
+    assert parts is None or [part[-2].item() for part in parts] == [peer + 1 for peer in range(ranks)]
+    ours.broadcast(every[0] if rank else mine, 0)
+    assert not rank or torch.equal(every[0, :-1], torch.ones(1 << 24)[:-1])
+    if rank == 0:
+        ours.send_tensor_dict({"long": mine}, ranks - 1)
+    if rank == ranks - 1:
+        assert torch.equal(ours.recv_tensor_dict(0)["long"], every[0])
+    del every
     for dtype, count in ((torch.float32, 1 << 24), (torch.bfloat16, 1 << 25)):
         tensor = torch.full((count,), float(rank + 1), dtype=dtype)
         tensor[-1] = 7.0
         ours.all_reduce(tensor, group=world)
-        assert tensor[:-1].min() == tensor[:-1].max() == 10
-        assert tensor[-1] == 28
+        assert tensor[:-1].min() == tensor[:-1].max() == sum(range(ranks + 1))
+        assert tensor[-1] == 7 * ranks
     return "same"
 
 
-def test_64_mib_on_four_ranks(tmp_path: Path) -> None:
-    assert run(tmp_path, 4, a_long_one) == ["same"] * 4
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_64_mib(tmp_path: Path, ranks: int) -> None:
+    assert run(tmp_path, ranks, a_long_one) == ["same"] * ranks
 
 
 def one_cannot(rank: int, world: Any) -> str:

@@ -15,7 +15,7 @@ from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import leftovers
 from ghostserve.testing.server import ServerProcess
 from real import families, kit
-from real.kit import LONG_PROMPT, PROMPTS, SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
+from real.kit import LONG_PROMPT, PROMPTS, SEEDED, Ask, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -28,16 +28,12 @@ def lose_in_turn(served: Served, asks: list[Ask], *, ranks: tuple[int, ...] = (1
         assert_same(reference, result)  # failure-free runs agree, or the comparison below would prove nothing
     served.settle()
     before = served.recoveries()
-
-    def during(tokens) -> None:
-        for number, (rank, at) in enumerate(zip(ranks, (100, 220), strict=False)):
-            served.server.wait_status(lambda _, at=at: tokens() >= at, timeout_s=90, what=f"{at} tokens")
-            served.kill(rank)
-            served.recovery(after=before + number)
-
-    faulted = served.run_together(asks, during=during)
+    for rank, steps in zip(ranks, (25, 55), strict=True):
+        served.kill_after(steps, rank)
+    faulted = served.run_together(asks)
     for reference, result in zip(references, faulted, strict=True):
         assert_same(reference, result)
+    served.recovery(after=before + len(ranks) - 1)
     reports = served.server.status()["recoveries"][-len(ranks) :]
     assert [report["lost_ranks"] for report in reports] == [[rank] for rank in ranks]
     for report in reports:
@@ -105,7 +101,7 @@ def lose_with_wrong_parities(served: Served, *, wrong: int) -> None:
     refused = served.server.status()["counters"]["checksum_refusals_total"]
     served.arm(point="keeper_encoding", rank=0, action="corrupt_parity")
     with served.unscrubbed():
-        faulted = served.run(ask, on_token=Hurt(90, lambda: served.kill(1)))
+        faulted = served.run_with_stops(ask, (90, lambda: (served.settle(), served.kill_after(2, 1))))
     assert_same(reference, faulted)
     assert_rebuilt(served.recovery(after=before), sealed=True)
     assert served.server.status()["counters"]["checksum_refusals_total"] == refused + wrong
@@ -116,13 +112,8 @@ def test_both_ranks_at_once(bfloat16: Served) -> None:
     references = bfloat16.run_together(FOUR)
     bfloat16.settle()
     before = bfloat16.recoveries()
-
-    def during(tokens) -> None:
-        bfloat16.server.wait_status(lambda _: tokens() >= 150, timeout_s=90, what="150 tokens")
-        bfloat16.kill(0)
-        bfloat16.kill(1)
-
-    for reference, result in zip(references, bfloat16.run_together(FOUR, during=during), strict=True):
+    bfloat16.kill_after(40, 0, 1)
+    for reference, result in zip(references, bfloat16.run_together(FOUR), strict=True):
         assert_same(reference, result)
     report = bfloat16.recovery(after=before)
     assert sorted(report["lost_ranks"]) == [0, 1]
@@ -155,7 +146,11 @@ def test_bfloat16_chunked_prefill(bfloat16: Served, rank: int) -> None:
         # Several KV cache groups: their blocks differ in size and in what leaves a window.
         *(
             pytest.param(
-                "hybrid-kv", ("--enforce-eager",), how, marks=pytest.mark.slow, id=f"hybrid-kv-{how}"
+                "hybrid-kv",
+                ("--enforce-eager",),
+                how,
+                marks=[] if how == "v1-async" else pytest.mark.slow,
+                id=f"hybrid-kv-{how}",
             )
             for how in ("v1-sync", "v1-async", "v2-sync", "v2-async")
         ),

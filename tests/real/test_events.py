@@ -17,12 +17,12 @@ from ghostserve.events.file import read_files
 from ghostserve.types import Phase
 from otlp_collector import Collector
 from real import kit
-from real.kit import PROMPTS, Hurt
+from real.kit import PROMPTS
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-BODY = {"model": "tiny", "prompt": PROMPTS["json-dump"], "max_tokens": 400, "temperature": 0.0}
+BODY = {"model": "tiny", "prompt": PROMPTS["json-dump"], "max_tokens": 160, "temperature": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +60,15 @@ def post(served: kit.Served, **body: Any) -> dict[str, Any]:
         return doc
 
 
-def stream(served: kit.Served, hurt: Hurt | None) -> list[dict[str, Any]]:
-    """The chunks of a stream with the metrics in its last one; `hurt` counts them as tokens."""
+def stream(served: kit.Served) -> list[dict[str, Any]]:
+    """The chunks of a stream with the metrics in its last one."""
     body = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
-    chunks = []
     with (
         httpx.Client(timeout=60, trust_env=False) as http,
         http.stream("POST", served.server.base_url + "/v1/completions", json=body, headers=headers) as answer,
     ):
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                chunks.append(json.loads(line[6:]))
-                if hurt is not None:
-                    hurt(0, [0], "", 0.0)
-    return chunks
+        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
 
 
 def tell(served: kit.Served, *arguments: str) -> str:
@@ -95,9 +89,8 @@ def kinds_in(story: str) -> list[str]:
 def killed(served: kit.Served) -> tuple[str, list[dict[str, Any]]]:
     """(id, chunks) of a stream in which rank 1 was killed."""
     before = served.recoveries()
-    hurt = Hurt(40, lambda: served.kill(1))
-    chunks = stream(served, hurt)
-    assert hurt.done
+    served.kill_after(40, 1)
+    chunks = stream(served)
     assert served.recovery(after=before)["ok"]
     return chunks[0]["id"], chunks
 
@@ -105,7 +98,7 @@ def killed(served: kit.Served) -> tuple[str, list[dict[str, Any]]]:
 def test_an_undisturbed_answer_says_that_nothing_was_recovered(served: kit.Served) -> None:
     """In the stream and in the whole answer, beside vLLM's own numbers. Runs before the kill."""
     assert served.recoveries() == 0
-    for metrics in (stream(served, None)[-1]["metrics"], post(served, max_tokens=20)["metrics"]):
+    for metrics in (stream(served)[-1]["metrics"], post(served, max_tokens=20)["metrics"]):
         assert (metrics["recoveries"], metrics["recovery_time_ms"]) == (0, 0)
         assert metrics["time_to_first_token_ms"] > 0
     answer = post(served, max_tokens=1, n=2, temperature=0.5)
@@ -135,7 +128,7 @@ def test_the_story_of_the_request(served: kit.Served, killed: tuple[str, list[di
     assert lines[1].split()[0] == "+0.000"
     assert "is lost (crash)" in "\n".join(lines)
     assert "recovered by rebuild in" in "\n".join(lines)
-    assert "finished (length) after 400 tokens" in lines[-1]
+    assert "finished (length) after 160 tokens" in lines[-1]
 
 
 def test_the_story_of_the_rank(served: kit.Served, killed: tuple[str, list[dict[str, Any]]]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from real import kit
-from real.kit import SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
+from real.kit import SEEDED, Ask, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -35,8 +35,8 @@ def test_each_rank_once(four: Served, rank: int) -> None:
     ask = (Ask(), SEEDED)[rank % 2]
     four.settle()
     reference, before = four.reference(ask), four.recoveries()
-    faulted = four.run(ask, on_token=Hurt(50, lambda: four.kill(rank)), timeout_s=180)
-    assert_same(reference, faulted)
+    four.kill_after(50, rank)
+    assert_same(reference, four.run(ask, timeout_s=180))
     report = four.recovery(after=before)
     assert report["lost_ranks"] == [rank]
     assert_rebuilt(report, sealed=True)
@@ -74,12 +74,8 @@ def test_any_two_ranks_at_once(two_parities: Served, pair: tuple[int, int]) -> N
     served = two_parities
     served.settle()
     reference, before = served.reference(SEEDED), served.recoveries()
-
-    def kill_both() -> None:
-        for rank in pair:
-            served.kill(rank)
-
-    assert_same(reference, served.run(SEEDED, on_token=Hurt(60, kill_both), timeout_s=240))
+    served.kill_after(60, *pair)
+    assert_same(reference, served.run(SEEDED, timeout_s=240))
     report = served.recovery(after=before)
     assert sorted(report["lost_ranks"]) == list(pair)
     assert_rebuilt(report, sealed=True)
@@ -90,12 +86,8 @@ def test_three_at_once_are_recomputed(two_parities: Served) -> None:
     served = two_parities
     served.settle()
     reference, before = served.reference(SEEDED), served.recoveries()
-
-    def kill_three() -> None:
-        for rank in (0, 1, 3):
-            served.kill(rank)
-
-    assert_same(reference, served.run(SEEDED, on_token=Hurt(60, kill_three), timeout_s=240))
+    served.kill_after(60, 0, 1, 3)
+    assert_same(reference, served.run(SEEDED, timeout_s=240))
     report = served.recovery(after=before)
     assert sorted(report["lost_ranks"]) == [0, 1, 3]
     assert report["path"] == "recompute"

@@ -31,7 +31,7 @@ FLAGS = (
     "--hang-timeout", str(HELD_S), "--ready-while-recovering", str(READY_S), "--shutdown-timeout", str(DRAIN_S),
 )  # fmt: skip
 FINISHES = Ask(max_tokens=250)
-LASTS = Ask(max_tokens=1000)  # until a kill has struck, on a fast machine with a slow client, too
+STRUCK = Ask(max_tokens=150)
 DOES_NOT = Ask(max_tokens=3900)
 KEY = {"Authorization": "Bearer secret"}
 
@@ -52,20 +52,14 @@ def http(served: kit.Served) -> Iterator[httpx.Client]:
 
 
 class Stream:
-    """A request in a thread of its own, `tokens` into its answer."""
+    """A request in a thread of its own, its answer begun."""
 
-    def __init__(self, served: kit.Served, ask: Ask, *, tokens: int = 1) -> None:
+    def __init__(self, served: kit.Served, ask: Ask) -> None:
         self._result: StreamResult | None = None
-        self._left = tokens
         begun = threading.Event()
 
-        def count(_index: int, ids: Any, _text: str, _at_s: float) -> None:
-            self._left -= len(ids)
-            if self._left <= 0:
-                begun.set()
-
         def run() -> None:
-            self._result = served.run(ask, on_token=count)
+            self._result = served.run(ask, on_token=lambda *_: begun.set())
             begun.set()
 
         self._thread = threading.Thread(target=run)
@@ -100,11 +94,11 @@ def test_probes_of_a_server_that_serves(http: httpx.Client) -> None:
 
 def test_probes_during_a_recovery_that_is_held_up(served: kit.Served, http: httpx.Client) -> None:
     """The newcomer is stopped as it loads: the outage lasts until that is noticed, and the stream comes out unharmed."""
-    reference = served.reference(LASTS)
+    reference = served.reference(STRUCK)
     before = served.recoveries()
     served.arm(point="weights", rank=1, action="hang")
-    stream = Stream(served, LASTS, tokens=20)
-    served.kill(1)
+    served.kill_after(20, 1)
+    stream = Stream(served, STRUCK)
     body = wait_for(http, "/health", lambda answer: answer.json()["recovery"] is not None)
     assert http.get("/readyz").status_code == 200  # a short one is waited for
     assert body["state"] == "recovering"
@@ -127,13 +121,29 @@ def test_probes_during_a_recovery_that_is_held_up(served: kit.Served, http: http
 
 
 def test_the_next_recovery_has_an_expected_end(served: kit.Served, http: httpx.Client) -> None:
-    reference = served.reference(LASTS)
-    stream = Stream(served, LASTS, tokens=20)
-    served.kill(0)
+    reference = served.reference(STRUCK)
+    served.arm(point="adopt", rank=0, action="slow", argument=300)  # long enough to be looked at
+    served.kill_after(20, 0)
+    stream = Stream(served, STRUCK)
     body = wait_for(http, "/health", lambda answer: answer.json()["recovery"] is not None)
     assert body["recovery"]["expected_seconds"] > 0
     assert body["recovery"]["expected_end"] is not None
     assert_same(reference, stream.wait())
+
+
+def test_a_rank_stopped_for_a_moment(served: kit.Served) -> None:
+    """In mid-step, for less than --hang-timeout: it is suspected, and nobody is replaced."""
+    reference, before = served.reference(STRUCK), served.recoveries()
+    pid = served.settle()["ranks"][1]["pid"]
+    served.arm(point="before_model", rank=1, action="hang", skip=60)
+    stream = Stream(served, STRUCK)
+    served.server.wait_status(
+        lambda status: status["ranks"][1]["health"] == "suspect", timeout_s=30, what="a suspicion"
+    )
+    os.kill(pid, signal.SIGCONT)
+    assert_same(reference, stream.wait())
+    assert served.settle()["ranks"][1]["pid"] == pid
+    assert served.recoveries() == before
 
 
 def test_drain(served: kit.Served, http: httpx.Client) -> None:
@@ -153,10 +163,14 @@ def test_drain(served: kit.Served, http: httpx.Client) -> None:
     assert refused.json()["error"]["code"] == 503
     assert http.get("/health").status_code == 200
     assert http.get("/health_generate", headers=KEY).status_code == 503
+    served.arm(point="adopt", rank=1, action="slow", argument=300)  # long enough to be looked at
     served.kill(1)
     recovering = wait_for(http, "/health", lambda answer: answer.json()["recovery"] is not None)
     assert recovering["state"] == "draining"
     assert_same(reference, short.wait())
+    served.arm(
+        point="after_model", rank=0, action="slow", argument=20, count=0
+    )  # the other one will not end in time
     names |= shared_names(served)
     cut = long.wait()
     assert cut.error is not None

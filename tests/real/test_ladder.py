@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from ghostserve.clock import monotonic_s
 from ghostserve.testing.oracle import compare_choices
-from real.kit import LONG_SEEDED, SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
+from real.kit import LONG_SEEDED, SEEDED, Ask, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 
@@ -44,19 +45,21 @@ def poisoned(served: Served):
     served.post("/reset_prefix_cache")
 
 
+def kill_once_coded(served: Served, rank: int = 1) -> None:
+    """In a step soon, when every block that is full has its parity."""
+    served.settle()
+    served.kill_after(2, rank)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_forced_recompute(served: Served, rank: int) -> None:
     """Rung 3 for every request: nothing shown is repeated or changed, the continuation is the same."""
-    asks = [Ask(max_tokens=200), replace(SEEDED, max_tokens=200), Ask(max_tokens=200, regex="[a-z ]{1000}")]
+    asks = [Ask(max_tokens=60), replace(SEEDED, max_tokens=60), Ask(max_tokens=60, regex="[a-z ]{1000}")]
     references = served.run_together(asks)
     before = served.recoveries()
     served.server.set_switch("force_recompute", True)
-
-    def during(tokens) -> None:
-        served.server.wait_status(lambda _: tokens() >= 60, timeout_s=60, what="60 tokens")
-        served.kill(rank)
-
-    faulted = served.run_together(asks, during=during)
+    served.kill_after(20, rank)
+    faulted = served.run_together(asks)
     for reference, result in zip(references, faulted, strict=True):
         assert_same(reference, result)
     report = served.recovery(after=before)
@@ -72,7 +75,7 @@ def test_a_flipped_byte_in_the_parity_is_refused(served: Served) -> None:
     reference, before = served.reference(ask), served.recoveries()
     refused = served.server.status()["counters"]["checksum_refusals_total"]
     served.arm(point="keeper_encoding", rank=0, action="corrupt_parity")
-    faulted = served.run(ask, on_token=Hurt(60, lambda: served.kill(1)))
+    faulted = served.run_with_stops(ask, (60, lambda: kill_once_coded(served)))
     assert_same(reference, faulted)
     report = served.recovery(after=before)
     assert report["path"] == "recompute", report
@@ -86,7 +89,7 @@ def test_without_restore_the_output_changes(served: Served) -> None:
     ask = Ask(max_tokens=150)
     reference = served.reference(ask)
     served.server.set_switch("skip_restore", True)
-    faulted = served.run(ask, on_token=Hurt(60, lambda: served.kill(1)))
+    faulted = served.run_with_stops(ask, (60, lambda: served.kill_after(0, 1)))
     verdict = compare_choices(reference.token_ids, faulted.token_ids)
     assert not verdict.identical
     assert verdict.first_difference is not None
@@ -98,8 +101,8 @@ def test_bytes_are_what_was_lost(served: Served) -> None:
     served.server.set_switch("debug_copy", True)
     reference, before = served.reference(SEEDED), served.recoveries()
     counters = served.server.status()["counters"]
-    faulted = served.run(SEEDED, on_token=Hurt(60, lambda: served.kill(1)))
-    assert_same(reference, faulted)
+    served.kill_after(60, 1)
+    assert_same(reference, served.run(SEEDED))
     assert_rebuilt(served.recovery(after=before), sealed=True)
     after = served.server.status()["counters"]
     assert after["blocks_compared_total"] > counters["blocks_compared_total"]
@@ -114,7 +117,7 @@ def test_the_byte_comparison_can_fail(served: Served) -> None:
     before = served.server.status()["counters"]["blocks_different_total"]
     served.arm(point="keeper_encoding", rank=0, action="corrupt_parity")
     recoveries = served.recoveries()
-    served.run(Ask(max_tokens=100), on_token=Hurt(60, lambda: served.kill(1)))
+    served.run_with_stops(Ask(max_tokens=100), (60, lambda: kill_once_coded(served)))
     served.recovery(after=recoveries)
     assert served.server.status()["counters"]["blocks_different_total"] > before
 
@@ -127,17 +130,9 @@ def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
     """
     served.server.set_switch("skip_rng_restore", not with_copy)
     found: list[list[str]] = []
-
-    def kill_then_look() -> None:
-        served.kill(1)
-
-    hurt, look = Hurt(60, kill_then_look), Hurt(140, lambda: found.append(served.rpc("ghost_digest")))
-
-    def both(*arguments) -> None:
-        hurt(*arguments)
-        look(*arguments)
-
-    result = served.run(Ask(temperature=0.8, max_tokens=170, presence_penalty=0.2), on_token=both)
+    served.kill_after(60, 1)
+    ask = Ask(temperature=0.8, max_tokens=150, presence_penalty=0.2)
+    result = served.run_with_stops(ask, (140, lambda: found.append(served.rpc("ghost_digest"))))
     assert result.error is None
     ((rank0, rank1),) = found
     assert (rank0 == rank1) is with_copy
@@ -185,19 +180,13 @@ def test_a_killed_keeper_is_restarted(served: Served) -> None:
     """Serving does not notice; protection resumes, and a loss after it is rebuilt."""
     ask = Ask(max_tokens=150)
     reference, before = served.reference(ask), served.recoveries()
-    keeper = served.server.status()["keeper"]
+    keeper = served.settle()["keeper"]
 
     def kill_keeper() -> None:
         os.kill(keeper["pid"], signal.SIGKILL)
 
-    kill_rank = Hurt(90, lambda: (served.settle(), served.kill(1)))
-    kill = Hurt(40, kill_keeper)
-
-    def both(*arguments) -> None:
-        kill(*arguments)
-        kill_rank(*arguments)
-
-    assert_same(reference, served.run(ask, on_token=both))
+    faulted = served.run_with_stops(ask, (40, kill_keeper), (90, lambda: kill_once_coded(served)))
+    assert_same(reference, faulted)
     assert_rebuilt(served.recovery(after=before), sealed=True)
     after = served.server.status()["keeper"]
     assert after["restarts"] == keeper["restarts"] + 1
@@ -210,7 +199,7 @@ def test_a_keeper_that_dies_while_encoding(served: Served) -> None:
     reference, before = served.reference(ask), served.recoveries()
     restarts = served.server.status()["keeper"]["restarts"]
     served.arm(point="keeper_encoding", rank=0, action="kill")
-    faulted = served.run(ask, on_token=Hurt(80, lambda: (served.settle(), served.kill(0))))
+    faulted = served.run_with_stops(ask, (80, lambda: kill_once_coded(served, 0)))
     assert_same(reference, faulted)
     assert_rebuilt(served.recovery(after=before), sealed=True)
     assert served.server.status()["keeper"]["restarts"] == restarts + 1
@@ -222,20 +211,23 @@ def test_a_flipped_byte_in_a_mirror_is_not_coded(served: Served) -> None:
     ask = Ask(max_tokens=150)
     reference, before = served.reference(ask), served.recoveries()
     served.arm(point="staged", rank=1, action="corrupt_mirror", skip=20)
-    faulted = served.run(ask, on_token=Hurt(90, lambda: served.kill(1)))
-    assert_same(reference, faulted)
+    served.kill_after(90, 1)
+    assert_same(reference, served.run(ask))
     assert served.recovery(after=before)["ok"]
 
 
 def test_the_memory_bound_holds_after_the_last_token(served: Served) -> None:
-    """parity + mirrors <= m*S*B + n*(T+K)*B, within 2 s."""
+    """parity + mirrors <= m*S*B + n*(T+K)*B, in a status that is not from more than 2 s later."""
     served.run_together([Ask(max_tokens=90) for _ in range(6)])
-    status = served.server.wait_status(
-        lambda s: s["shadow"]["bound_holds"] and s["shadow"]["backlog_blocks"] == 0,
-        timeout_s=2,
+    late_s = monotonic_s() + 2
+    shadow = served.server.wait_status(
+        lambda s: (
+            (s["shadow"]["bound_holds"] and s["shadow"]["backlog_blocks"] == 0) or s["written_at_s"] > late_s
+        ),
+        timeout_s=15,
         what="the memory bound",
-    )
-    shadow = status["shadow"]
+    )["shadow"]
+    assert (shadow["bound_holds"], shadow["backlog_blocks"]) == (True, 0)
     assert shadow["parity_bytes"] + shadow["mirror_bytes"] <= shadow["bound_bytes"]
     assert shadow["parity_bytes"] > 0
     assert shadow["unprotected_blocks"] == 0

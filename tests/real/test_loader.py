@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ghostserve.engine import load_format
 from ghostserve.engine.weights_identity import source_of
 from ghostserve.testing.server import server_environment
 from ghostserve.weights import pool_start, runtime_dir
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 RANKS = 2
 WAYS = ("stock", "cold", "hit", "replacement", "without the pool")
 FAMILIES = ("moe", "hybrid-kv", "qwen3")
+MODELS = ("tiny", "awq", *FAMILIES)
 HERE = Path(__file__).parent
 
 
@@ -30,10 +32,12 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], lis
     directory = tmp_path_factory.mktemp("loads")
     # The first decides which groups vLLM forms; those of a mixture of experts are enough for all.
     models = {**{name: families.build(name, directory / name) for name in FAMILIES}, "tiny": kit.TINY}
+    models["awq"] = families.build_awq(directory / "awq")
     asked = {
         (name, way): {
             "model": str(path),
             "format": "auto" if way == "stock" else "ghostserve",
+            "dtype": "bfloat16" if name == "awq" else "float32",
             **({"source": source_of(str(path))} if way == "replacement" else {}),
         }
         for name, path in models.items()
@@ -54,7 +58,12 @@ def run(
     """All ranks side by side, with a pool that holds nothing yet."""
     pool = directory / f"{name}-pool"
     pool.mkdir(mode=0o700)
-    own = {runtime_dir.RUNTIME_DIR_ENV: str(pool), "PYTHONPATH": os.pathsep.join(sys.path), **(env or {})}
+    own = {
+        runtime_dir.RUNTIME_DIR_ENV: str(pool),
+        load_format.LOADER_ENV: "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        **(env or {}),
+    }
     asked = {"ranks": RANKS, "store": str(directory / f"{name}-store"), "loads": loads}
     ranks = [
         subprocess.Popen(
@@ -78,7 +87,7 @@ def run(
 
 
 @pytest.mark.parametrize("way", WAYS[1:-1])
-@pytest.mark.parametrize("model", ["tiny", *FAMILIES])
+@pytest.mark.parametrize("model", MODELS)
 def test_the_same_bits(loads: Any, model: str, way: str) -> None:
     for stock, ours in zip(loads[model, "stock"], loads[model, way], strict=True):
         assert ours["parameters"] == stock["parameters"]
@@ -96,7 +105,7 @@ def test_without_the_pool(loads: Any) -> None:
         assert any("for this process alone: there is no pool" in line for line in ours["said"]), ours["said"]
 
 
-@pytest.mark.parametrize("model", ["tiny", *FAMILIES])
+@pytest.mark.parametrize("model", MODELS)
 def test_by_which_way(loads: Any, model: str) -> None:
     """Loaded once and left in the pool, then out of it; a replacement that knows its server's files, too."""
     for way, sentence in (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 import psutil
 import pytest
 
+from ghostserve.clock import monotonic_s
 from ghostserve.testing.client import StopStreaming
 from real.kit import (
     LONG_PROMPT,
@@ -45,13 +47,25 @@ def _healthy(float32: Served):
 )
 def test_kill_in_decode(float32: Served, ask: Ask, rank: int) -> None:
     reference, before = float32.reference(ask), float32.recoveries()
-    hurt = Hurt(40, lambda: float32.kill(rank))
-    faulted = float32.run(ask, on_token=hurt)
-    assert hurt.done
+    pid = float32.settle()["ranks"][rank]["pid"]
+    float32.kill_after(40, rank)
+    faulted = float32.run(ask)
     assert_same(reference, faulted)
     report = float32.recovery(after=before)
     assert report["lost_ranks"] == [rank]
-    assert report["lost_pids"] == [hurt.answer["pid"]]
+    assert report["lost_pids"] == [pid]
+    assert_rebuilt(report, sealed=True)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_kill_between_two_steps(float32: Served, rank: int) -> None:
+    """From outside, by the server's route, while requests are open and no step is."""
+    killed: dict[str, Any] = {}
+    reference, before = float32.reference(SEEDED), float32.recoveries()
+    faulted = float32.run_with_stops(SEEDED, (40, lambda: killed.update(float32.kill(rank))))
+    assert_same(reference, faulted)
+    report = float32.recovery(after=before)
+    assert report["lost_pids"] == [killed["pid"]]
     assert_rebuilt(report, sealed=True)
 
 
@@ -60,9 +74,7 @@ def test_kill_before_anything_is_sealed(float32: Served) -> None:
     ask = Ask(max_tokens=20)
     reference, before = float32.reference(ask), float32.recoveries()
     float32.post("/reset_prefix_cache")
-    float32.server.wait_status(
-        lambda s: s["shadow"]["coded_blocks"] == 0, timeout_s=5, what="an empty shadow"
-    )
+    float32.wait_now(lambda s: s["shadow"]["coded_blocks"] == 0, timeout_s=15, what="an empty shadow")
     float32.arm(point="staged", rank=1, action="kill", skip=8)
     assert_same(reference, float32.run(ask))
     report = float32.recovery(after=before)
@@ -76,15 +88,11 @@ def test_mirrors_of_coded_blocks_are_freed(float32: Served) -> None:
     ask, status = Ask(max_tokens=150), {}
 
     def kill() -> None:
-        status.update(
-            float32.server.wait_status(
-                lambda s: s["shadow"]["backlog_blocks"] == 0, timeout_s=5, what="everything coded"
-            )
-        )
-        float32.kill(0)
+        status.update(float32.settle())
+        float32.kill_after(0, 0)
 
     reference, before = float32.reference(ask), float32.recoveries()
-    faulted = float32.run(ask, on_token=Hurt(70, kill))
+    faulted = float32.run_with_stops(ask, (70, kill))
     assert_same(reference, faulted)
     shadow = status["shadow"]
     assert shadow["mirror_bytes"] <= 2 * 2 * shadow["frame_bytes"], shadow  # a tail, perhaps one just sealed
@@ -135,12 +143,8 @@ def test_eight_streams_of_mixed_lengths(float32: Served) -> None:
     ]
     references = float32.run_together(asks)
     before = float32.recoveries()
-
-    def during(tokens) -> None:
-        float32.server.wait_status(lambda _: tokens() >= 150, timeout_s=60, what="150 tokens")
-        float32.kill(1)
-
-    faulted = float32.run_together(asks, during=during)
+    float32.kill_after(20, 1)  # steps: then all of them are in mid-answer
+    faulted = float32.run_together(asks)
     for reference, result in zip(references, faulted, strict=True):
         assert_same(reference, result)
     assert_rebuilt(float32.recovery(after=before), sealed=True)
@@ -148,27 +152,16 @@ def test_eight_streams_of_mixed_lengths(float32: Served) -> None:
 
 @pytest.mark.parametrize("ranks", [(1, 0), (1, 1)], ids=["different", "same"])
 def test_two_losses_in_one_stream(float32: Served, ranks: tuple[int, int]) -> None:
-    ask, before = Ask(max_tokens=400), float32.recoveries()  # a client that gets little processor lags behind
+    ask, before = Ask(max_tokens=150), float32.recoveries()
     reference = float32.reference(ask)
-    first = Hurt(40, lambda: float32.kill(ranks[0]))
-
-    def again() -> None:
-        float32.recovery(
-            after=before
-        )  # tokens 40 to 80 may come in one piece: then rank 1 would be killed twice in one loss
-        float32.kill(ranks[1])
-
-    second = Hurt(80, again)
-
-    def both(*arguments) -> None:
-        first(*arguments)
-        second(*arguments)
-
-    faulted = float32.run(ask, on_token=both)
-    assert first.done
-    assert second.done
-    assert_same(reference, faulted)
+    for steps, rank in zip((40, 80), ranks, strict=True):
+        float32.kill_after(steps, rank)
+    assert_same(reference, float32.run(ask))
+    float32.recovery(after=before + 1)
     assert float32.recoveries() == before + 2
+    assert [report["lost_ranks"] for report in float32.server.status()["recoveries"][-2:]] == [
+        [rank] for rank in ranks
+    ]
     for report in float32.server.status()["recoveries"][-2:]:
         assert_rebuilt(report, sealed=True)
 
@@ -207,14 +200,17 @@ def test_burst_of_arrivals_and_aborts(float32: Served) -> None:
 
     late = [threading.Thread(target=one, args=(position,)) for position in range(len(asks))]
 
-    def kill_and_arrive() -> None:
-        float32.kill(0)
+    def arrive() -> None:
         for thread in late:
             thread.start()
 
     gone = threading.Thread(target=lambda: float32.run(Ask(max_tokens=400), on_token=Hurt(60, leave)))
+    float32.post("/pause?mode=keep&clear_cache=false")
+    float32.kill_after(20, 0)
     gone.start()
-    faulted = float32.run(asks[0], on_token=Hurt(20, kill_and_arrive))
+    float32.wait_for_open(1)
+    float32.post("/resume")
+    faulted = float32.run(asks[0], on_token=Hurt(10, arrive))
     for thread in [*late, gone]:
         thread.join(timeout=90)
         assert not thread.is_alive()
@@ -234,13 +230,37 @@ def test_status_answers_during_the_outage(float32: Served) -> None:
 
     looker = threading.Thread(target=look)
     looker.start()
+    float32.arm(point="adopt", rank=1, action="slow", argument=300)  # long enough to be looked at
+    float32.kill_after(60, 1)
     try:
-        float32.run(Ask(), on_token=Hurt(60, lambda: float32.kill(1)))
+        float32.run(Ask())
     finally:
         stop.set()
         looker.join(timeout=20)
     assert "recovering" in seen, set(seen)
-    assert seen[-1] == "serving"
+    assert float32.server.status()["state"] == "serving"
+
+
+@pytest.mark.usefixtures("unscrubbed")
+def test_who_has_nothing_to_do_takes_no_processor(float32: Served) -> None:
+    """Engine core, workers, standby and keeper, once vLLM's ranks have stopped spinning for a message, some seconds later.
+
+    The front process answers this test.
+    """
+    float32.settle()
+    processes = psutil.Process(float32.server.pid).children(recursive=True)
+    assert len(processes) >= 5
+
+    def used_s() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    share, deadline_s = 1.0, monotonic_s() + 30
+    while share >= 0.15 and monotonic_s() < deadline_s:
+        began_s, before_s = monotonic_s(), used_s()
+        for _ in range(4):  # statuses, which are written a few times per second
+            float32.wait_now(lambda _: True, timeout_s=20, what="a status")
+        share = (used_s() - before_s) / (monotonic_s() - began_s)
+    assert share < 0.15, f"{share:.0%} of a core"
 
 
 def test_titles_after_a_replacement(float32: Served) -> None:
@@ -257,14 +277,14 @@ def test_a_replacement_that_dies_while_starting(float32: Served, point: str) -> 
     """The next one takes its place; survivors waiting for the first are not given up, nor is their KV."""
     ask = Ask(max_tokens=150)
     reference, before = float32.reference(ask), float32.recoveries()
+    pid = float32.settle()["ranks"][1]["pid"]
     float32.arm(point=point, rank=1, action="kill")
-    hurt = Hurt(70, lambda: float32.kill(1))
-    faulted = float32.run(ask, on_token=hurt)
-    assert_same(reference, faulted)
+    float32.kill_after(70, 1)
+    assert_same(reference, float32.run(ask))
     report = float32.recovery(after=before)
     assert_rebuilt(report, sealed=True)
     assert report["lost_ranks"] == [1, 1]
-    assert report["lost_pids"][0] == hurt.answer["pid"]
+    assert report["lost_pids"][0] == pid
     assert len(set(report["lost_pids"])) == 2, "the replacement that died is not told"
     assert float32.server.status()["ranks"][1]["pid"] not in report["lost_pids"]
 
@@ -280,7 +300,8 @@ def test_a_fork_server_that_is_gone_or_stopped(float32: Served, signum: signal.S
     fork_server.send_signal(signum)
     assert_same(reference, float32.run(ask))
     assert float32.recoveries() == before, "nobody else was lost"
-    faulted = float32.run(ask, on_token=Hurt(70, lambda: float32.kill(1)), timeout_s=150)
+    float32.kill_after(70, 1)
+    faulted = float32.run(ask, timeout_s=150)
     assert_same(reference, faulted)
     report = float32.recovery(after=before)
     assert_rebuilt(report, sealed=True)

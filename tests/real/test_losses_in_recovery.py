@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from real.kit import SEEDED, Ask, Hurt, Served, assert_rebuilt, assert_same
+from real.kit import SEEDED, Ask, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 # Where the second loss strikes, and whom: rank 1 is lost first, so 0 is a survivor and 1 the newcomer.
@@ -35,9 +35,10 @@ def test_a_second_loss_in_every_phase(float32: Served, phase: str, second: int) 
     """The recovery starts over in a higher epoch. With one parity shard, what both ranks have lost is recomputed."""
     ask = Ask(max_tokens=150)
     reference, before = float32.reference(ask), float32.recoveries()
-    epoch = float32.server.status()["epoch"]
+    epoch = float32.settle()["epoch"]
     float32.arm(point=phase, rank=second, action="kill")
-    assert_same(reference, float32.run(ask, on_token=Hurt(70, lambda: float32.kill(1))))
+    float32.kill_after(70, 1)
+    assert_same(reference, float32.run(ask))
     report = float32.recovery(after=before)
     assert report["ok"], report
     assert report["lost_ranks"] == [1, second], report
@@ -49,12 +50,8 @@ def test_a_second_loss_in_every_phase(float32: Served, phase: str, second: int) 
 def test_both_ranks_at_once(float32: Served) -> None:
     """Nobody survives. One parity shard cannot give two shards back: recomputed, and not a token is different."""
     reference, before = float32.reference(SEEDED), float32.recoveries()
-
-    def both() -> None:
-        float32.kill(0)
-        float32.kill(1)
-
-    assert_same(reference, float32.run(SEEDED, on_token=Hurt(70, both)))
+    float32.kill_after(70, 0, 1)
+    assert_same(reference, float32.run(SEEDED))
     report = float32.recovery(after=before)
     assert report["ok"], report
     assert sorted(report["lost_ranks"]) == [0, 1]

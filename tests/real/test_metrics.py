@@ -13,7 +13,7 @@ import pytest
 from ghostserve.testing.server import ServerProcess, stock_command
 from ghostserve.types import Phase
 from ghostserve.web.metric_table import METRICS
-from real.kit import TINY, Ask, Hurt, Served, assert_same, fresh_salt
+from real.kit import TINY, Ask, Served, assert_same, fresh_salt
 from real.scraping import Scrape, Scraper, parse, scrape, wait_until, went_back
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 VLLM_METRICS = Path(__file__).parent / "vllm_metrics.txt"
 BLOCK = 32
 PROMPT = [7 + token % 90 for token in range(100)]
-LONG = Ask(max_tokens=200)
+LONG = Ask(max_tokens=120)
 
 
 @pytest.fixture
@@ -158,9 +158,9 @@ def test_a_kill_while_it_is_scraped(float32: Served) -> None:
     float32.settle()
     reference, recoveries = float32.reference(LONG), float32.recoveries()
     before = scrape(url(float32))
+    float32.kill_after(60, 1)
     with Scraper(url(float32)) as scraper:
-        hurt = Hurt(60, lambda: float32.kill(1))
-        assert_same(reference, float32.run(LONG, on_token=hurt))
+        assert_same(reference, float32.run(LONG))
         float32.recovery(after=recoveries)
         wait_until(url(float32), lambda now: now.get("server_state", state="serving") == 1)
     after = scrape(url(float32))
@@ -186,8 +186,9 @@ def test_a_forced_recompute_is_counted_as_one(float32: Served) -> None:
     float32.settle()
     recoveries, before = float32.recoveries(), scrape(url(float32))
     float32.server.set_switch("force_recompute", True)
+    float32.kill_after(60, 0)
     try:
-        assert float32.run(LONG, on_token=Hurt(60, lambda: float32.kill(0))).error is None
+        assert float32.run(LONG).error is None
         report = float32.recovery(after=recoveries)
     finally:
         float32.server.set_switch("force_recompute", False)

@@ -125,7 +125,8 @@ def test_a_healthy_server_has_no_alert_and_one_loss_is_none(served: Served, prom
     prometheus.wait(lambda: prometheus.value("up") == 1, "Prometheus does not scrape")
     wait_until(served.server.base_url, lambda now: now.get("standby_ready") == 1, timeout_s=40)
     before = served.recoveries()
-    assert served.run(Ask(max_tokens=120), on_token=kit.Hurt(40, lambda: served.kill(1))).error is None
+    served.kill_after(40, 1)
+    assert served.run(Ask(max_tokens=120)).error is None
     served.recovery(after=before)
     prometheus.wait(
         lambda: prometheus.value('ghostserve_recoveries_total{outcome="recovered",path="rebuild"}') == 1,

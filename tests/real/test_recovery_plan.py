@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from real import kit
-from real.kit import Ask, Hurt, Served, assert_rebuilt, assert_same
+from real.kit import Ask, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -35,7 +35,8 @@ def test_by_measured_costs(served: Served, request: pytest.FixtureRequest) -> No
     for _ in range(2):
         served.settle()
         before = served.recoveries()
-        assert_same(reference, served.run(ask, on_token=Hurt(70, lambda: served.kill(1))))
+        served.kill_after(70, 1)
+        assert_same(reference, served.run(ask))
         reports.append(served.recovery(after=before))
     served.server.admin.disarm_faults()
     first, second = reports

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from ghostserve.testing.oracle import compare_choices
-from real.kit import PROMPTS, Ask, Hurt, Served, assert_rebuilt, assert_same, fresh_salt
+from real.kit import PROMPTS, Ask, Served, assert_rebuilt, assert_same, fresh_salt
 from real.test_losses import cached_tokens
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 RANK, SLOT = 1, 5
-LONG = Ask(max_tokens=200)
+LONG = Ask(max_tokens=120)
 scrubbed_or_not = pytest.mark.parametrize("scrub", [True, False], ids=["scrubbed", "negative control"])
 
 
@@ -42,20 +41,6 @@ def let_it_scrub(served: Served, *, until: str, after: dict[str, Any]) -> dict[s
     served.server.set_switch("skip_scrub", True)
     finding: dict[str, Any] = status["scrub"]["findings"][-1]
     return finding
-
-
-def run_with_pause(served: Served, ask: Ask, during: Callable[[], None]) -> Any:
-    """The answer to a request that is held still at its 60th token while something is done to it."""
-
-    def paused() -> None:
-        served.post("/pause?mode=keep&clear_cache=false")
-        during()
-        served.post("/resume")
-
-    hurt = Hurt(60, paused)
-    answer = served.run(ask, on_token=hurt)
-    assert hurt.done
-    return answer
 
 
 def pids(served: Served) -> list[int]:
@@ -102,7 +87,7 @@ def test_a_flipped_byte_in_the_parity(served: Served, scrub: bool) -> None:
         served.kill(RANK)
         served.recovery(after=before)
 
-    assert_same(reference, run_with_pause(served, LONG, scrub_then_kill))
+    assert_same(reference, served.run_with_stops(LONG, (60, scrub_then_kill)))
     report = served.recovery(after=before)
     assert report["path"] == ("rebuild" if scrub else "recompute"), report
     if scrub:
@@ -118,8 +103,7 @@ def test_a_flipped_byte_in_a_mirror(served: Served, scrub: bool) -> None:
             flipped = served.rpc("ghost_corrupt_tail", RANK)[RANK]
             if flipped is not None:
                 return flipped
-            served.post("/resume")  # the last step has made a block whole: its mirrors go to the keeper
-            served.post("/pause?mode=keep&clear_cache=false")
+            served.one_step()  # the last one has made a block whole: its mirrors go to the keeper
         raise AssertionError("every step makes a block whole")
 
     def scrub_then_kill() -> None:
@@ -132,7 +116,7 @@ def test_a_flipped_byte_in_a_mirror(served: Served, scrub: bool) -> None:
         served.kill(RANK)
         served.recovery(after=before)
 
-    assert_same(reference, run_with_pause(served, LONG, scrub_then_kill))
+    assert_same(reference, served.run_with_stops(LONG, (60, scrub_then_kill)))
     report = served.recovery(after=before)
     assert report["path"] == ("rebuild" if scrub else "recompute"), report
 
@@ -150,15 +134,7 @@ def test_what_cannot_be_put_right_is_recomputed(served: Served) -> None:
         assert served.rpc("ghost_corrupt_kv", RANK, SLOT)[RANK] is not None
         let_it_scrub(served, until="refused_total", after=status["scrub"])
 
-    hurt = Hurt(
-        10,
-        lambda: (
-            served.post("/pause?mode=keep&clear_cache=false"),
-            corrupt_and_scrub(),
-            served.post("/resume"),
-        ),
-    )
-    assert_same(reference, served.run(ask, on_token=hurt))
+    assert_same(reference, served.run_with_stops(ask, (10, corrupt_and_scrub)))
     after = served.server.status()
     assert after["counters"]["requests_recomputed_total"] == counters["requests_recomputed_total"] + 1
     assert after["counters"]["recoveries_total"] == counters["recoveries_total"]
@@ -167,14 +143,14 @@ def test_what_cannot_be_put_right_is_recomputed(served: Served) -> None:
 
 def test_it_goes_round_while_nothing_is_wrong(served: Served) -> None:
     """Everything is read again and again, and nothing is found."""
-    served.run(Ask(max_tokens=60))
+    assert served.run(Ask(max_tokens=60)).error is None
     status = served.settle()
     served.server.set_switch("skip_scrub", False)
     after = served.server.wait_status(
         lambda s: all(
             s["scrub"][part]["rounds"] >= status["scrub"][part]["rounds"] + 1 for part in ("kv", "frames")
         ),
-        timeout_s=15,
+        timeout_s=75,
         what="a round",
     )["scrub"]
     assert after["blocks_total"] > status["scrub"]["blocks_total"]

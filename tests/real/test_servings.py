@@ -142,7 +142,9 @@ def test_kill_while_requests_stop_and_are_aborted(served: Served) -> None:
         assert_same(expected, result)
     served.recovery(after=before)
     served.run(Ask(max_tokens=300), on_token=Hurt(20, leave))
-    assert_same(reference, served.run(ask, on_token=Hurt(30, lambda: served.kill(0))))
+    served.kill_after(30, 0)
+    assert_same(reference, served.run(ask))
+    served.recovery(after=before + 1)
     assert served.recoveries() == before + 2
 
 
@@ -184,7 +186,8 @@ def test_without_restore_the_output_changes(served: Served) -> None:
     ask = Ask(max_tokens=90)
     reference = served.reference(ask)
     served.server.set_switch("skip_restore", True)
-    faulted = served.run(ask, on_token=Hurt(40, lambda: served.kill(1)))
+    served.kill_after(40, 1)
+    faulted = served.run(ask)
     assert not compare_choices(reference.token_ids, faulted.token_ids).identical
     served.post("/reset_prefix_cache")
 
@@ -194,13 +197,9 @@ def test_without_restore_the_output_changes(served: Served) -> None:
 def test_unseeded_ranks_agree(served: Served, with_copy: bool) -> None:
     served.server.set_switch("skip_rng_restore", not with_copy)
     found: list[list[str]] = []
-    kill, look = Hurt(20, lambda: served.kill(1)), Hurt(50, lambda: found.append(served.rpc("ghost_digest")))
-
-    def both(*arguments: object) -> None:
-        kill(*arguments)
-        look(*arguments)
-
-    ask = Ask(temperature=0.8, max_tokens=80, presence_penalty=0.2)
-    assert served.run(ask, on_token=both).error is None
+    served.kill_after(20, 1)
+    ask = Ask(temperature=0.8, max_tokens=60, presence_penalty=0.2)
+    answer = served.run_with_stops(ask, (50, lambda: found.append(served.rpc("ghost_digest"))))
+    assert answer.error is None
     ((rank0, rank1),) = found
     assert (rank0 == rank1) is with_copy

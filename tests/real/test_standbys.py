@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ghostserve.web.processes import read_start_time_ticks
-from real.kit import Ask, Hurt, Served, assert_rebuilt, assert_same
+from real.kit import Ask, Served, assert_rebuilt, assert_same
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180)]
 
@@ -37,7 +37,8 @@ def _healthy(float32: Served):
 def test_it_takes_the_rank_and_another_one_waits(float32: Served) -> None:
     ask = Ask(max_tokens=150)
     reference, before, standby = float32.reference(ask), float32.recoveries(), wait_ready(float32)
-    assert_same(reference, float32.run(ask, on_token=Hurt(70, lambda: float32.kill(1))))
+    float32.kill_after(70, 1)
+    assert_same(reference, float32.run(ask))
     assert_rebuilt(float32.recovery(after=before), sealed=True)
     assert float32.server.status()["ranks"][1]["pid"] == standby["pid"]
     after = wait_ready(float32)
@@ -73,7 +74,7 @@ def test_one_that_cannot_take_its_place(float32: Served, signum: signal.Signals)
         float32.kill(0)
 
     try:
-        assert_same(reference, float32.run(ask, on_token=Hurt(70, hurt)))
+        assert_same(reference, float32.run_with_stops(ask, (70, hurt)))
         assert_rebuilt(float32.recovery(after=before), sealed=True)
         assert float32.server.status()["ranks"][0]["pid"] != standby["pid"]
     finally:

@@ -70,6 +70,14 @@ def said(served: Served, sentence: str) -> int:
     return served.server.log_file.read_text(errors="replace").count(sentence)
 
 
+def show(served: Served, report: dict[str, Any]) -> None:
+    """For people: how long it took, and what of the phase `weights` was whose."""
+    print("phases, ms:", report["phases_ms"])
+    for line in served.server.log_file.read_text(errors="replace").splitlines():
+        if "weights: " in line or "Initializing model took" in line:
+            print(line)
+
+
 def lose(served: Served) -> dict[str, Any]:
     """Kill a rank in mid-answer: the tokens are as without, and this is the report."""
     reference, before = served.reference(ASK), served.recoveries()
@@ -81,20 +89,20 @@ def lose(served: Served) -> dict[str, Any]:
 
 
 def lose_with_a_cold_cache(served: Served, model: Path) -> int:
-    """What the replacement had the disk read, nothing of the weights being cached before and after."""
+    """What the replacement had the disk read, nothing of the weights being cached before."""
     served.reference(ASK)
     for shard in shards(model):
         forget(shard)
     assert [cached_bytes(shard) for shard in shards(model)] == [0] * len(shards(model))
     report = lose(served)
-    print("phases, ms:", report["phases_ms"])
-    assert [cached_bytes(shard) for shard in shards(model)] == [0] * len(shards(model))
+    show(served, report)
     return read_from_disk_bytes(served.server.status()["ranks"][1]["pid"])
 
 
 def test_no_disk(pooled: Served, model: Path) -> None:
     before = said(pooled, OUT_OF_THE_POOL)
     read = lose_with_a_cold_cache(pooled, model)
+    assert [cached_bytes(shard) for shard in shards(model)] == [0] * len(shards(model))
     assert said(pooled, OUT_OF_THE_POOL) == before + 1
     assert read < sum(shard.stat().st_size for shard in shards(model)) // 4
 
@@ -119,7 +127,7 @@ def test_a_holder_that_hangs(pooled: Served, pool: Path) -> None:
         report = lose(pooled)
     finally:
         os.kill(holder, signal.SIGCONT)
-    print("phases, ms:", report["phases_ms"])
+    show(pooled, report)
     assert said(pooled, ALONE) == before + 1
     assert report["phases_ms"]["weights"] < 10_000
 

@@ -129,6 +129,7 @@ class FaultPoint(StrEnum):
     ADOPT = "adopt"  # a newcomer, about to take KV over
     RETRY = "retry"  # either, about to run the first step of the new epoch
     PLANNING = "planning"  # in the engine core, about to plan what a step mirrors; rank 0
+    SCHEDULED = "scheduled"  # in the engine core, with a step chosen and not sent yet; rank 0
 
 
 class FaultAction(StrEnum):
@@ -149,6 +150,7 @@ class FaultAction(StrEnum):
     OOM = "oom"  # the kernel kills it for using more than its memory cgroup has
     FAIL_STAGING = "fail_staging"  # the arena refuses what the step would mirror on this rank
     TAKE_FRAMES = "take_frames"  # no frame of the pool is free while the step is planned
+    PAUSE = "pause"  # no step follows this one until POST /resume, so that what comes then cannot be late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,8 @@ class _Group(ctypes.Structure):
     _fields_ = (
         ("lanes", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
+        ("channels", ctypes.c_void_p),
+        ("pieces", ctypes.c_void_p),
         ("progress", ctypes.c_void_p),
         ("pidfds", ctypes.c_void_p),
         ("slot_bytes", ctypes.c_uint64),
@@ -70,14 +72,19 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.ghostserve_all_reduce.argtypes = [pointer, pointer, size, ctypes.c_int]
     library.ghostserve_all_gather.argtypes = [pointer, pointer, pointer, size]
     library.ghostserve_broadcast.argtypes = [pointer, pointer, size, ctypes.c_uint32]
+    library.ghostserve_send.argtypes = [pointer, pointer, size, ctypes.c_uint32]
+    library.ghostserve_recv.argtypes = [pointer, pointer, size, ctypes.c_uint32]
     library.ghostserve_abort.argtypes = [pointer]
     library.ghostserve_abort.restype = None
     return library
 
 
 def memory_bytes(ranks: int, slot_bytes: int) -> int:
-    """What a group of `ranks` processes with slots of `slot_bytes` (a multiple of 64) needs."""
-    return ranks * (LANE_BYTES + 2 * slot_bytes)
+    """What a group of `ranks` processes with slots of `slot_bytes` (a multiple of 64) needs.
+
+    Of sparse memory: what no message has gone through yet costs nothing.
+    """
+    return ranks * (LANE_BYTES + 2 * slot_bytes) + ranks * ranks * (2 * LANE_BYTES + slot_bytes)
 
 
 class SharedGroup:
@@ -113,9 +120,12 @@ class SharedGroup:
         self._progress[0] = self._progress[2] = 0
         self._pidfds = (ctypes.c_int32 * ranks)(*pidfds)
         address = int(memory.__array_interface__["data"][0])
+        channels = address + ranks * (LANE_BYTES + 2 * slot_bytes)
         self._group = _Group(
             lanes=address,
             slots=address + ranks * LANE_BYTES,
+            channels=channels,
+            pieces=channels + ranks * ranks * 2 * LANE_BYTES,
             progress=int(self._progress.__array_interface__["data"][0]),
             pidfds=ctypes.addressof(self._pidfds),
             slot_bytes=slot_bytes,
@@ -140,6 +150,17 @@ class SharedGroup:
         """`nbytes` at `buffer` of rank `source` to everybody's `buffer`."""
         self._call("broadcast", buffer, nbytes, source)
 
+    def send(self, buffer: int, *, nbytes: int, to: int) -> None:
+        """`nbytes` at `buffer` to another rank, which calls `recv` for as many. No other rank takes part.
+
+        Returns once they may be overwritten; that they were received is not known.
+        """
+        self._message("send", buffer, nbytes, to)
+
+    def recv(self, buffer: int, *, nbytes: int, source: int) -> None:
+        """The next `nbytes` that another rank sends to this one, to `buffer`."""
+        self._message("recv", buffer, nbytes, source)
+
     def set_timeout(self, timeout_s: float) -> None:
         """Bound every later wait for a peer that lives."""
         self._group.timeout_ns = int(timeout_s * 1e9)
@@ -150,6 +171,11 @@ class SharedGroup:
         if self._memory is not None:
             self._library.ghostserve_abort(self._place)
         self._memory = None
+
+    def _message(self, what: str, buffer: int, nbytes: int, peer: int) -> None:
+        assert 0 <= peer < self._ranks
+        assert peer != self._group.rank
+        self._call(what, buffer, nbytes, peer)
 
     def _call(self, what: str, *arguments: int) -> None:
         if self._memory is None:

@@ -151,7 +151,12 @@ def run(
     with view.filling_silence(lambda: "waiting for the server's report of the recovery"):
         raise_if_lost(server)
         pid, sent_s, sent_at_token = kill.wait_sent()
-        state = wait_until(server, is_settled, timeout_s=BOUND_TIMEOUT_S)
+        late_s = monotonic_s() + BOUND_TIMEOUT_S  # what a status says that was written later
+        state = wait_until(
+            server,
+            lambda now: is_settled(now) or now.get("written_at_s", monotonic_s()) > late_s,
+            timeout_s=REPORT_TIMEOUT_S,
+        )
         bound_held = bool(state["shadow"]["bound_holds"])
         if recovery_of(state, pid) is None:
             state = wait_until(

@@ -86,10 +86,12 @@ def mount(
     from ghostserve.web.health_state import Limits
     from ghostserve.web.metrics import expose
     from ghostserve.web.routes import build_router
+    from ghostserve.web.weights_pool import PoolWatch
 
     kept = KeptEvents(page, config, traced=bool(getattr(arguments, "otlp_traces_endpoint", None)))
+    pool = PoolWatch()
     if at_end is not None:
-        at_end.append(kept.close)
+        at_end += [kept.close, lambda status: pool.close()]
     app.state.ghostserve_events = kept.log
     keys = api_keys(arguments.api_key, None, os.environ)
     separate = config.prefix_cache_salt_per_key and len(set(keys)) > 1
@@ -118,7 +120,7 @@ def mount(
             restart=restart,
         )
     )
-    expose(app, page)
+    expose(app, page, lambda: pool.reading)
 
 
 async def _generate(engine: Any) -> None:

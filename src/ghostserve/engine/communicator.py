@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +49,27 @@ class AbandonableCommunicator(CpuCommunicator):
                 # gloo adds in another order: what comes after would not be what would have come.
                 raise RuntimeError("collectives were over shared memory and cannot be again")
             self.dist_module = TensorParallelCollectives(self.unique_name, self.device_group, shared)
+            self.supports_tensor_dict = shared is not None  # else vLLM sends them over gloo, piece by piece
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        if not self.supports_tensor_dict:
+            return super().broadcast(tensor, src)
+        self.dist_module.broadcast(tensor, src)
+        return tensor
+
+    def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
+        to = (self.rank_in_group + 1) % self.world_size if dst is None else dst
+        if self.supports_tensor_dict:
+            self.dist_module.send(tensor, to)
+        else:
+            super().send(tensor, to)
+
+    def recv(self, size: torch.Size, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
+        source = (self.rank_in_group - 1) % self.world_size if src is None else src
+        if self.supports_tensor_dict:
+            tensor: torch.Tensor = self.dist_module.recv(size, dtype, source)
+            return tensor
+        return super().recv(size, dtype, source)
 
     def _all_group_ranks_share_shm_group_name(self) -> bool:
         return False  # the stock shared-memory collectives stay off
@@ -131,6 +155,58 @@ class TensorParallelCollectives:
         """Leave for good, and make the peers leave. May be called again."""
         if self._shared is not None:
             self._shared.abandon()
+
+    # -- over shared memory alone: without it vLLM has ways of its own, over gloo -------------------------
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        """The tensor of rank `src` of the group to all, in place."""
+        assert self._shared is not None
+        flat = tensor.contiguous()
+        self._shared.group.broadcast(flat.data_ptr(), nbytes=flat.nbytes, source=src)
+        if flat is not tensor:
+            tensor.copy_(flat)
+
+    def send(self, tensor: torch.Tensor, dst: int) -> None:
+        """To rank `dst` of the group, which must ask for as much."""
+        assert self._shared is not None
+        flat = tensor.contiguous()
+        self._shared.group.send(flat.data_ptr(), nbytes=flat.nbytes, to=dst)
+
+    def recv(self, size: Sequence[int], dtype: torch.dtype, src: int) -> torch.Tensor:
+        """What rank `src` of the group sends next."""
+        assert self._shared is not None
+        tensor = torch.empty(size, dtype=dtype)
+        self._shared.group.recv(tensor.data_ptr(), nbytes=tensor.nbytes, source=src)
+        return tensor
+
+    def send_tensor_dict(self, values: dict[str, Any], dst: int) -> None:
+        """Tensors and what can be pickled, to rank `dst` of the group."""
+        tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+        outline = {key: _Outline.of(value) if key in tensors else value for key, value in values.items()}
+        header = torch.frombuffer(bytearray(pickle.dumps(outline)), dtype=torch.uint8)
+        for tensor in (torch.tensor([header.numel()]), header, *tensors.values()):
+            self.send(tensor, dst)
+
+    def recv_tensor_dict(self, src: int) -> dict[str, Any]:
+        """What rank `src` of the group sends as a dictionary, in the same order."""
+        length = int(self.recv((1,), torch.int64, src).item())
+        outline = pickle.loads(self.recv((length,), torch.uint8, src).numpy().tobytes())
+        return {
+            key: self.recv(value.size, value.dtype, src) if isinstance(value, _Outline) else value
+            for key, value in outline.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """What a receiver must know of a tensor before it comes."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Outline:
+        return cls(tuple(tensor.shape), tensor.dtype)
 
 
 def _all_reduce(tensor: torch.Tensor, group: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from ghostserve.weights.mapping import Mapped, written_pages
 from ghostserve.weights.rank_image import PAGE_BYTES, Layout, Parameter, lay_out
@@ -39,7 +39,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def _why_not(parameter: nn.Parameter) -> str | None:
-    if is_lazy(parameter):
+    if isinstance(parameter, UninitializedParameter):
         return "gets its size while it is loaded"
     if parameter.is_meta:
         return "gets its memory while it is loaded"

@@ -11,14 +11,16 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from ghostserve.arena.control import Counter
+from ghostserve.arena.control import Counter, FaultAction, FaultPoint
 from ghostserve.clock import monotonic_s
 from ghostserve.engine import request_events, session
+from ghostserve.engine.drought import ENGINE_RANK
 from ghostserve.engine.request_state import WorkersView
 from ghostserve.recovery.plan import Context
 from ghostserve.shadow.commit_rule import defers_frees
@@ -57,6 +59,8 @@ class GhostSchedulerMixin(Scheduler):
         with self._session.lock:
             self._open_steps += 1
             output = super().schedule(throttle_prefills)
+            if output.total_num_scheduled_tokens:
+                self._pause_if_armed()
             output.ghost_pieces = self._session.guard.plan(output)
             return output
 
@@ -68,6 +72,12 @@ class GhostSchedulerMixin(Scheduler):
             self._open_steps -= 1
             self._count_open()
             return outputs
+
+    def _pause_if_armed(self) -> None:
+        """As vLLM's `POST /pause?mode=keep`, but by the number of the step: a client that asks for it may be late."""
+        fault = self._session.page.take_fault(FaultPoint.SCHEDULED, ENGINE_RANK)
+        if fault is not None and fault.action is FaultAction.PAUSE:
+            self.set_pause_state(PauseState.PAUSED_ALL)
 
     @property
     def open(self) -> bool:

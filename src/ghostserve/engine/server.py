@@ -110,6 +110,7 @@ def serve(argv: Sequence[str], mount: Mount, prepare: Prepare) -> int:
     if config.protection == "none":
         os.environ[PLATFORM_ENV] = "0"
         os.environ[load_format.LOADER_ENV] = str(int(arguments.load_format == load_format.LOAD_FORMAT))
+        os.environ[CONFIG_ENV] = config.to_json()
         return _run(arguments, config, mount, page=None)
     refuse_arguments(arguments)
     _refuse_parity(arguments, config)

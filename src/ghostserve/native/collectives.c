@@ -5,6 +5,9 @@
    Two slots are enough: a rank that writes round k + 2 has seen every lane at k + 1, and a lane shows k + 1 only after
    its rank has read all it needs of round k.
 
+   Messages from one rank to another go by a channel of their own, one piece at a time: the sender numbers what it put in,
+   the receiver what it took out. Of a message that is no longer than a slot the sender waits for nobody.
+
    A wait ends when the number is there, when the abort word is set, when the peer's process has ended, or at the
    deadline. It spins for a moment and then sleeps on the peer's lane (futex), so that ranks that wait leave the
    processor to others; a sleeper looks around every two milliseconds.
@@ -44,6 +47,11 @@ struct lane {
     uint32_t abort;    /* lane 0: not zero once the group is given up */
 } __attribute__((aligned(LINE)));
 
+/* From one rank to another: the pieces that were put in, and those that were taken out again. */
+struct channel {
+    struct lane sent, taken;
+};
+
 /* What a rank lets others see of it, for whoever judges which rank holds the others up. Its own line of shared memory. */
 struct progress {
     uint64_t met;       /* rounds announced since the group was formed; the same on all ranks that are equally far */
@@ -55,6 +63,8 @@ struct progress {
 struct group {
     struct lane *lanes;        /* [ranks], shared */
     uint8_t *slots;            /* [ranks][2][slot_bytes], shared */
+    struct channel *channels;  /* [ranks][ranks], from and to, shared */
+    uint8_t *pieces;           /* [ranks][ranks][slot_bytes], shared */
     struct progress *progress; /* shared */
     const int32_t *pidfds;     /* [ranks]: readable once that rank's process has ended; negative: not watched */
     uint64_t slot_bytes;       /* a multiple of LINE */
@@ -92,24 +102,23 @@ static int reached(const struct lane *lane, uint32_t round, uint32_t *seen) {
     return (int32_t)(*seen - round) >= 0;
 }
 
-static void announce(struct group *g) {
-    struct lane *mine = &g->lanes[g->rank];
-    __atomic_store_n(&mine->round, ++g->round, __ATOMIC_SEQ_CST);
+static void announce(struct lane *mine, uint32_t number) {
+    __atomic_store_n(&mine->round, number, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&mine->sleepers, __ATOMIC_SEQ_CST)) futex(&mine->round, FUTEX_WAKE, INT32_MAX, NULL);
 }
 
-static int sleep_on(struct group *g, uint32_t rank, uint64_t deadline) {
-    struct lane *lane = &g->lanes[rank];
+/* Until `lane`, which `rank` writes, has reached `number`. */
+static int sleep_on(struct group *g, struct lane *lane, uint32_t number, uint32_t rank, uint64_t deadline) {
     uint32_t seen;
     int status = DONE;
     __atomic_add_fetch(&lane->sleepers, 1, __ATOMIC_SEQ_CST);
-    while (!reached(lane, g->round, &seen)) {
+    while (!reached(lane, number, &seen)) {
         if (given_up(g)) {
             status = ABORTED;
             break;
         }
         if (has_ended(g, rank)) {
-            status = reached(lane, g->round, &seen) ? DONE : PEER_GONE; /* it may have announced just before */
+            status = reached(lane, number, &seen) ? DONE : PEER_GONE; /* it may have announced just before */
             break;
         }
         const uint64_t now = now_ns();
@@ -125,14 +134,14 @@ static int sleep_on(struct group *g, uint32_t rank, uint64_t deadline) {
     return status;
 }
 
-static int wait_for(struct group *g, uint32_t rank, uint64_t deadline) {
+static int wait_for(struct group *g, struct lane *lane, uint32_t number, uint32_t rank, uint64_t deadline) {
     uint32_t seen, spins = 0;
-    while (!reached(&g->lanes[rank], g->round, &seen)) {
+    while (!reached(lane, number, &seen)) {
         if (spins++ < g->spins) {
             relax();
             continue;
         }
-        const int status = sleep_on(g, rank, deadline);
+        const int status = sleep_on(g, lane, number, rank, deadline);
         if (status != DONE) return status;
     }
     return DONE;
@@ -143,10 +152,22 @@ static int meet(struct group *g) {
     struct progress *seen = g->progress;
     const uint64_t began = now_ns();
     __atomic_store_n(&seen->met, seen->met + 1, __ATOMIC_RELAXED);
-    announce(g);
+    announce(&g->lanes[g->rank], ++g->round);
     __atomic_store_n(&seen->waiting, 1, __ATOMIC_RELAXED);
     int status = DONE; /* also when somebody has left since: what this round is about is all there */
-    for (uint32_t r = 0; status == DONE && r < g->ranks; r++) status = wait_for(g, r, began + g->timeout_ns);
+    for (uint32_t r = 0; status == DONE && r < g->ranks; r++)
+        status = wait_for(g, &g->lanes[r], g->round, r, began + g->timeout_ns);
+    __atomic_store_n(&seen->waiting, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&seen->waited_ns, seen->waited_ns + (now_ns() - began), __ATOMIC_RELAXED);
+    return status;
+}
+
+/* Wait for one peer alone. That is no round: how far the group is does not change. */
+static int wait_alone(struct group *g, struct lane *lane, uint32_t number, uint32_t rank) {
+    struct progress *seen = g->progress;
+    const uint64_t began = now_ns();
+    __atomic_store_n(&seen->waiting, 1, __ATOMIC_RELAXED);
+    const int status = wait_for(g, lane, number, rank, began + g->timeout_ns);
     __atomic_store_n(&seen->waiting, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&seen->waited_ns, seen->waited_ns + (now_ns() - began), __ATOMIC_RELAXED);
     return status;
@@ -326,6 +347,34 @@ EXPORT int ghostserve_broadcast(struct group *g, void *buffer, size_t bytes, uin
         const int status = meet(g);
         if (status != DONE) return status;
         if (g->rank != source) memcpy((uint8_t *)buffer + at, slot(g, source, g->round), part);
+    }
+    return DONE;
+}
+
+/* `bytes` bytes to rank `to`, which asks for as many. Returns when the last piece was put in, not when it was taken out. */
+EXPORT int ghostserve_send(struct group *g, const void *buffer, size_t bytes, uint32_t to) {
+    const size_t which = (size_t)g->rank * g->ranks + to;
+    struct channel *c = &g->channels[which];
+    for (size_t at = 0; at < bytes; at += g->slot_bytes) {
+        const size_t part = bytes - at < g->slot_bytes ? bytes - at : g->slot_bytes;
+        const int status = wait_alone(g, &c->taken, c->sent.round, to); /* only we write `sent` */
+        if (status != DONE) return status;
+        memcpy(g->pieces + which * g->slot_bytes, (const uint8_t *)buffer + at, part);
+        announce(&c->sent, c->sent.round + 1);
+    }
+    return DONE;
+}
+
+/* `bytes` bytes from rank `from`. */
+EXPORT int ghostserve_recv(struct group *g, void *buffer, size_t bytes, uint32_t from) {
+    const size_t which = (size_t)from * g->ranks + g->rank;
+    struct channel *c = &g->channels[which];
+    for (size_t at = 0; at < bytes; at += g->slot_bytes) {
+        const size_t part = bytes - at < g->slot_bytes ? bytes - at : g->slot_bytes;
+        const int status = wait_alone(g, &c->sent, c->taken.round + 1, from); /* only we write `taken` */
+        if (status != DONE) return status;
+        memcpy((uint8_t *)buffer + at, g->pieces + which * g->slot_bytes, part);
+        announce(&c->taken, c->taken.round + 1);
     }
     return DONE;
 }

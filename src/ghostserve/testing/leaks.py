@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
+HOLDER_MODULE = "ghostserve.weights.holder"
+"""It holds weights for all servers of the user: a server starts it and is not to take it along."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,8 @@ def _mark(process: psutil.Process) -> ProcessMark | None:
     try:
         with process.oneshot():
             words = process.cmdline() or [process.name()]
+            if HOLDER_MODULE in words:
+                return None
             return ProcessMark(
                 pid=process.pid, started_s=process.create_time(), title=" ".join(words).strip()[:80]
             )

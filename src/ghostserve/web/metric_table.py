@@ -8,11 +8,13 @@ page: a quarter of a second, two at most when there is much to count, longer if 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ghostserve.arena.ledger import Histogram, Ledger
 from ghostserve.types import FailureKind, Phase, RecoveryOutcome, RecoveryPath, ServerState
+from ghostserve.web.weights_pool import PoolReading
+from ghostserve.weights.pool_types import ImageKind, PoolStats
 
 WORKER_STATES = ("starting", "alive", "slow", "suspect", "lost")
 PATHS = (RecoveryPath.REBUILD, RecoveryPath.RECOMPUTE)  # a restart ends the process, and its metrics with it
@@ -31,6 +33,7 @@ class Snapshot:
     keeper_pid: int | None
     keeper_given_up: bool
     now_s: float
+    pool: PoolReading = field(default_factory=PoolReading)
 
     @property
     def shadow(self) -> Mapping[str, Any]:
@@ -123,6 +126,29 @@ def _nonfinite(page: Snapshot) -> Series:
         yield (kind,), float(page.counters[f"kv_{kind}_total"])
 
 
+def _pool(value: Callable[[PoolStats], float]) -> Callable[[Snapshot], Series]:
+    """0 without a holder."""
+    return lambda page: [((), 0.0 if page.pool.stats is None else float(value(page.pool.stats)))]
+
+
+def _pool_kinds(what: str) -> Callable[[Snapshot], Series]:
+    """A gauge by kind of image."""
+
+    def read(page: Snapshot) -> Series:
+        for kind in ImageKind:
+            yield (
+                (kind.value,),
+                0.0 if page.pool.stats is None else float(getattr(page.pool.stats, what)[kind]),
+            )
+
+    return read
+
+
+def _pool_counts(what: str) -> Callable[[Snapshot], Series]:
+    """A counter by kind of image."""
+    return lambda page: [((kind.value,), float(getattr(page.pool.counts[kind], what))) for kind in ImageKind]
+
+
 METRICS: tuple[Metric, ...] = (
     # -- the server --------------------------------------------------------------------------------------
     Metric("ghostserve_info", "gauge", "Always 1; versions and kind of protection as labels.", _info,
@@ -201,6 +227,26 @@ METRICS: tuple[Metric, ...] = (
            _plain(lambda page: page.state.get("standbys_wanted"))),
     Metric("ghostserve_standby_memory_bytes", "gauge", "Memory that would be free without the standbys; measured every minute.",
            _plain(lambda page: sum(standby.get("memory_bytes", 0) for standby in page.standbys))),
+    # -- weights in host memory ------------------------------------------------------------------------------
+    Metric("ghostserve_weights_pool_up", "gauge", "1 while there is a holder of weights in host memory and it answers; without one loads read the disk.",
+           _plain(lambda page: page.pool.stats is not None)),
+    Metric("ghostserve_weights_pool_bytes", "gauge", "Host memory of weights files, and of the ranks' parameters as they are after loading, of all servers of this user.",
+           _pool_kinds("bytes"), ("kind",)),
+    Metric("ghostserve_weights_pool_entries", "gauge", "How many of them there are.", _pool_kinds("entries"), ("kind",)),
+    Metric("ghostserve_weights_pool_budget_bytes", "gauge", "Host memory that they may use together (--weights-memory).",
+           _pool(lambda stats: stats.budget_bytes)),
+    Metric("ghostserve_weights_pool_referenced_bytes", "gauge", "Of that, what processes are using or filling now: it is not evicted.",
+           _pool(lambda stats: stats.referenced_bytes)),
+    Metric("ghostserve_weights_pool_pinned_bytes", "gauge", "Of that, what is pinned.", _pool(lambda stats: stats.pinned_bytes)),
+    Metric("ghostserve_weights_pool_hits_total", "counter", "Loads that found their bytes in host memory.",
+           _pool_counts("hits"), ("kind",)),
+    Metric("ghostserve_weights_pool_misses_total", "counter", "Loads that had to read them, and left them there.",
+           _pool_counts("misses"), ("kind",)),
+    Metric("ghostserve_weights_pool_evictions_total", "counter", "Entries that gave way to others.", _pool_counts("evictions"), ("kind",)),
+    Metric("ghostserve_weights_pool_abandoned_total", "counter", "Entries whose filler died or gave up; the next one that waits starts over.",
+           _pool_counts("abandoned"), ("kind",)),
+    Metric("ghostserve_weights_pool_refusals_total", "counter", "Loads that went without the pool: larger than its budget, all of it in use, memory short.",
+           lambda page: [((why.value,), float(count)) for why, count in page.pool.refusals.items()], ("reason",)),
     Metric("ghostserve_faults_injected_total", "counter", "Injected faults that have struck in a step; 0 in production.",
            _counted("faults_struck_total")),
 )  # fmt: skip

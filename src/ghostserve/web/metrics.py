@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from starlette.routing import Mount
 from ghostserve.arena.ledger import BUCKETS_S, Histogram, Ledger
 from ghostserve.clock import monotonic_s
 from ghostserve.web.metric_table import METRICS, Metric, Series, Snapshot
+from ghostserve.web.weights_pool import PoolReading
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,9 @@ class MetricsPage(Protocol):
 class PageCollector(Collector):
     """Reads the page at each scrape. A metric that cannot be read is left out, and told once: the others are served."""
 
-    def __init__(self, page: MetricsPage) -> None:
+    def __init__(self, page: MetricsPage, pool: Callable[[], PoolReading] = PoolReading) -> None:
         self._page = page
+        self._pool = pool
         self._told: set[str] = set()
 
     def describe(self) -> Iterable[Family]:
@@ -79,6 +81,7 @@ class PageCollector(Collector):
             keeper_pid=self._page.keeper_pid,
             keeper_given_up=self._page.keeper_given_up,
             now_s=monotonic_s(),
+            pool=self._pool(),
         )
 
     def _tell(self, what: str, error: Exception) -> None:
@@ -107,23 +110,23 @@ def _filled(metric: Metric, series: Series) -> Family:
 _exposed: PageCollector | None = None
 
 
-def expose(app: Any, page: MetricsPage) -> None:
+def expose(app: Any, page: MetricsPage, pool: Callable[[], PoolReading] = PoolReading) -> None:
     """Add ours to the `/metrics` of vLLM's app. A process serves one page: a later one takes the place of an earlier."""
     if MULTIPROCESS_ENV in os.environ:
-        app.router.routes.insert(0, _merged_route(page))
+        app.router.routes.insert(0, _merged_route(page, pool))
         return
     global _exposed
     if _exposed is not None:
         REGISTRY.unregister(_exposed)
-    _exposed = PageCollector(page)
+    _exposed = PageCollector(page, pool)
     REGISTRY.register(_exposed)
 
 
-def _merged_route(page: MetricsPage) -> Mount:
+def _merged_route(page: MetricsPage, pool: Callable[[], PoolReading]) -> Mount:
     """Where the user has vLLM's metrics go through files, vLLM reads these alone: a route before its own reads both."""
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    registry.register(PageCollector(page))
+    registry.register(PageCollector(page, pool))
     route = Mount("/metrics", make_asgi_app(registry=registry))
     route.path_regex = re.compile("^/metrics(?P<path>.*)$")  # as vLLM does: no redirect to /metrics/
     return route

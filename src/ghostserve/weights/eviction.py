@@ -1,13 +1,14 @@
-"""Which entries of the pool give way. Pure: sizes, reload costs and use in, victims and the reason out.
+"""Which entries of the pool give way. Pure: sizes, reload costs and last uses in, victims and the reason out.
 
-GreedyDual-Size with frequencies (Cao and Irani 1997, Cherkasova 1998). At each use an entry is worth
+What an entry is worth is what a byte of it would save, per second, if it were used again after as long as it has been idle:
 
-    value = age + uses * reload cost / size
+    worth = reload cost / (size * time since its last use)
 
-that is, what a byte of it saves, plus the pool's age at that time. The least valuable goes first, and the age rises to
-its value: what was worth much and is not used any more is overtaken by what is used now. With equal costs per byte and
-one use each this is LRU. File images go before all others: once their rank images exist nobody needs them, and the
-page cache may still hold them. How it compares with LRU, LFU and what a clairvoyant could do: `bench/eviction.py`.
+The least worth goes first. Where each byte costs the same to have again, this is LRU; what comes from further away stays longer.
+It needs no counts and no state that would have to age. `bench/eviction.py` compares it with LRU, LFU, GreedyDual-Size and what
+a clairvoyant could do.
+
+File images go before all others: once their rank images exist nobody needs them, and the page cache may still hold them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 
 from ghostserve.types import Decision
 
+_IDLE_S_MIN = 1e-6
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
@@ -24,26 +27,32 @@ class Candidate:
 
     entry: int
     size_bytes: int
-    value: float  # as `value_of_use` gave it at its last use
+    reload_cost_s: float
+    used_s: float  # when its last user came or went
     transient: bool  # a file image
 
 
-def value_of_use(*, age: float, uses: int, reload_cost_s: float, size_bytes: int) -> float:
-    """What an entry is worth from now on, having been used `uses` times, now included."""
-    return age + uses * reload_cost_s / max(size_bytes, 1)
+def worth(candidate: Candidate, *, now_s: float) -> float:
+    """What keeping a byte of it saves, in seconds per second."""
+    idle_s = max(now_s - candidate.used_s, _IDLE_S_MIN)
+    return candidate.reload_cost_s / (max(candidate.size_bytes, 1) * idle_s)
 
 
 def choose_victims(
-    candidates: Iterable[Candidate], *, need_bytes: int
+    candidates: Iterable[Candidate], *, need_bytes: int, now_s: float
 ) -> Decision[tuple[Candidate, ...] | None]:
-    """Entries of `need_bytes` together, the least valuable first; None, and nothing goes, if all are not enough.
+    """Entries of `need_bytes` together, the least worth first; None, and nothing goes, if all are not enough.
 
-    What turns out not to be needed, since a larger one goes as well, stays: the most valuable of them first.
+    What turns out not to be needed, since a larger one goes as well, stays: what is worth most first.
     """
     if need_bytes <= 0:
         return Decision(choice=(), reason="there is room")
-    chosen, freed_bytes = [], 0
-    for candidate in sorted(candidates, key=lambda one: (not one.transient, one.value, one.entry)):
+    order = sorted(
+        candidates, key=lambda one: (not one.transient, worth(one, now_s=now_s), one.used_s, one.entry)
+    )
+    chosen: list[Candidate] = []
+    freed_bytes = 0
+    for candidate in order:
         if freed_bytes >= need_bytes:
             break
         chosen.append(candidate)
@@ -54,9 +63,4 @@ def choose_victims(
         if freed_bytes - candidate.size_bytes >= need_bytes:
             chosen.remove(candidate)
             freed_bytes -= candidate.size_bytes
-    return Decision(choice=tuple(chosen), reason="the least valuable per byte")
-
-
-def age_after(age: float, victims: Iterable[Candidate]) -> float:
-    """The pool's age once these have gone. File images do not count: they went for what they are, not for their value."""
-    return max((victim.value for victim in victims if not victim.transient), default=age)
+    return Decision(choice=tuple(chosen), reason="what saves least per byte and second")

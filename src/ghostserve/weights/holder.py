@@ -116,7 +116,7 @@ def _serve(directory_fd: int, *, budget_bytes: int | None, idle_timeout_s: float
     ours = runtime_dir.identity(directory_fd)
     server = HolderServer(
         listener,
-        PoolBook(budget_bytes=budget_bytes),
+        PoolBook(budget_bytes=budget_bytes, began_s=monotonic_s()),
         idle_timeout_s=idle_timeout_s,
         host_memory=read_host_memory,
         findable=lambda: runtime_dir.identity(directory_fd) == ours,

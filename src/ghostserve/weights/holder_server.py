@@ -175,7 +175,8 @@ class HolderServer:
             logger.warning("client %d was dropped: %s", client.number, why)
         self._selector.unregister(client.sock)
         client.sock.close()
-        self._perform(self._book.leave(client.number, free_bytes=self._free_bytes(), now_s=monotonic_s()))
+        if self._book.holds(client.number):
+            self._perform(self._book.leave(client.number, free_bytes=self._free_bytes(), now_s=monotonic_s()))
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ class HolderServer:
         client.greeted = True
         if hello.budget_bytes is not None and hello.budget_bytes != self._book.budget_bytes:
             logger.info("the budget is %d bytes from now on", hello.budget_bytes)
-            self._perform(self._book.set_budget(hello.budget_bytes))
+            self._perform(self._book.set_budget(hello.budget_bytes, now_s=monotonic_s()))
         self._send(client, messages.Welcome())
 
     def _publish(self, client: _Client, meta_bytes: int) -> None:
@@ -236,7 +237,7 @@ class HolderServer:
                 return messages.Refused(why=Refusal.OTHER.value, reason="too much is pinned already")
             return messages.Done(entries=count)
         if ask.what == "unpin":
-            was_pinned, actions = self._book.unpin(ask.name)
+            was_pinned, actions = self._book.unpin(ask.name, now_s=monotonic_s())
             self._perform(actions)
             return messages.Done(entries=int(was_pinned))
         count, in_use, actions = self._book.drop(ask.name)

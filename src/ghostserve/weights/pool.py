@@ -292,8 +292,13 @@ def _greet_or_launch(
             if now_s >= deadline_s:
                 raise
         if launched_s is None or now_s - launched_s >= _RELAUNCH_S:
-            if launched_s is None:
-                deadline_s = max(deadline_s, now_s + START_TIMEOUT_S)
-            launched_s = now_s
-            pool_start.launch(directory, budget_bytes=budget_bytes, idle_timeout_s=idle_timeout_s)
+            first = launched_s is None
+            try:
+                pool_start.launch(directory, budget_bytes=budget_bytes, idle_timeout_s=idle_timeout_s)
+            except PoolError:
+                if first:
+                    raise
+            launched_s = monotonic_s()
+            if first:
+                deadline_s = max(deadline_s, launched_s + START_TIMEOUT_S)
         sleep_s(_RETRY_S)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from ghostserve.weights.eviction import Candidate, age_after, choose_victims, value_of_use
+from ghostserve.weights.eviction import Candidate, choose_victims
 from ghostserve.weights.pool_entry import Entry, holdings, infos
 from ghostserve.weights.pool_layout import total_bytes
 from ghostserve.weights.pool_types import (
@@ -39,9 +39,8 @@ PINS_MAX = 1000
 class PoolBook:
     """All entries of one holder. Clients and entries are numbers that are never used twice."""
 
-    def __init__(self, *, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self.age = 0.0
+    def __init__(self, *, budget_bytes: int, began_s: float = 0.0) -> None:
+        self.budget_bytes, self.began_s = budget_bytes, began_s
         self.counts = {kind: Counts() for kind in ImageKind}
         self.refusals = dict.fromkeys(Refusal, 0)
         self._entries: dict[int, Entry] = {}
@@ -79,7 +78,7 @@ class PoolBook:
         """The holder of a lease is done, and its memory was found sealed. Its lease becomes a reference."""
         entry = self._leased(client)
         assert entry is not None, f"client {client} has no lease"
-        victims = self._room(meta_bytes, free_bytes=None)
+        victims = self._room(meta_bytes, free_bytes=None, now_s=now_s)
         if isinstance(victims, Refuse):
             # Its followers would come to the same end: they are refused as well.
             return [*self._refuse_all(entry, Refusal.IN_USE, victims.reason)]
@@ -106,9 +105,10 @@ class PoolBook:
             entry.waiters.remove(client)
             return []
         entry.references.remove(client)
+        entry.used_s = now_s
         if not entry.listed and not entry.references:
             return [self._remove(entry)]
-        return [*self._tidy(entry.image.label), *self._shrink()]
+        return [*self._tidy(entry.image.label), *self._shrink(now_s)]
 
     def no_memory(self, client: int, reason: str) -> list[Action]:
         """The memory of a lease just granted could not be had."""
@@ -125,13 +125,16 @@ class PoolBook:
         self._pins.add(name)
         return sum(1 for _ in self._named(name))
 
-    def unpin(self, name: str) -> tuple[bool, list[Action]]:
+    def unpin(self, name: str, *, now_s: float) -> tuple[bool, list[Action]]:
         """Whether it was pinned."""
         if name not in self._pins:
             return False, []
         self._pins.remove(name)
         labels = {entry.image.label for entry in self._named(name)}
-        return True, [*(action for label in sorted(labels) for action in self._tidy(label)), *self._shrink()]
+        return True, [
+            *(action for label in sorted(labels) for action in self._tidy(label)),
+            *self._shrink(now_s),
+        ]
 
     def drop(self, name: str) -> tuple[int, int, list[Action]]:
         """Forget published entries with this key or label, pinned or not: (how many, of those in use, what to do).
@@ -147,10 +150,10 @@ class PoolBook:
                 actions.append(self._remove(entry))
         return len(found), sum(bool(entry.references) for entry in found), actions
 
-    def set_budget(self, budget_bytes: int) -> list[Action]:
+    def set_budget(self, budget_bytes: int, *, now_s: float) -> list[Action]:
         """From now on; what is above it and may go goes, the least valuable first."""
         self.budget_bytes = budget_bytes
-        return self._shrink()
+        return self._shrink(now_s)
 
     # -- what is so --------------------------------------------------------------------------------------------------
 
@@ -193,6 +196,7 @@ class PoolBook:
         """The numbers for people and for metrics."""
         entries = list(self._entries.values())
         return PoolStats(
+            began_s=self.began_s,
             budget_bytes=self.budget_bytes,
             used_bytes=self.used_bytes,
             referenced_bytes=sum(one.charged_bytes for one in entries if one.busy),
@@ -220,7 +224,7 @@ class PoolBook:
     ) -> list[Action]:
         """New memory for an image, or a refusal for everybody who wanted it."""
         need_bytes = total_bytes(image.nbytes)
-        victims = self._room(need_bytes, free_bytes=free_bytes)
+        victims = self._room(need_bytes, free_bytes=free_bytes, now_s=now_s)
         if isinstance(victims, Refuse):
             for one in (client, *waiters):
                 self._of_client.pop(one, None)
@@ -241,7 +245,7 @@ class PoolBook:
         follow = [GiveFollow(client=waiter, entry=number) for waiter in waiters]
         return [*victims, GiveLease(client=client, entry=number), *follow]
 
-    def _room(self, need_bytes: int, *, free_bytes: int | None) -> list[Action] | Refuse:
+    def _room(self, need_bytes: int, *, free_bytes: int | None, now_s: float) -> list[Action] | Refuse:
         """Make room by eviction; or why there is none, and then nothing is evicted."""
         if need_bytes > self.budget_bytes:
             return Refuse(
@@ -252,7 +256,7 @@ class PoolBook:
         over_bytes = self.used_bytes + need_bytes - self.budget_bytes
         short_bytes = 0 if free_bytes is None else need_bytes - free_bytes
         candidates = self._candidates()
-        victims = choose_victims(candidates, need_bytes=max(over_bytes, short_bytes))
+        victims = choose_victims(candidates, need_bytes=max(over_bytes, short_bytes), now_s=now_s)
         if victims.choice is not None:
             return self._evict(victims.choice)
         evictable_bytes = sum(one.size_bytes for one in candidates)
@@ -268,18 +272,19 @@ class PoolBook:
             f"still be taken, and {evictable_bytes} could be freed",
         )
 
-    def _shrink(self) -> list[Action]:
+    def _shrink(self, now_s: float) -> list[Action]:
         """What is above a budget that was lowered goes as soon as it may."""
         candidates = self._candidates()
         over_bytes = min(self.used_bytes - self.budget_bytes, sum(one.size_bytes for one in candidates))
-        return self._evict(choose_victims(candidates, need_bytes=over_bytes).choice or ())
+        return self._evict(choose_victims(candidates, need_bytes=over_bytes, now_s=now_s).choice or ())
 
     def _candidates(self) -> list[Candidate]:
         return [
             Candidate(
                 entry=entry.number,
                 size_bytes=entry.charged_bytes,
-                value=entry.value,
+                reload_cost_s=entry.image.reload_cost_s,
+                used_s=entry.used_s,
                 transient=entry.image.kind is ImageKind.FILE,
             )
             for entry in self._entries.values()
@@ -287,8 +292,6 @@ class PoolBook:
         ]
 
     def _evict(self, victims: Iterable[Candidate]) -> list[Action]:
-        victims = tuple(victims)
-        self.age = age_after(self.age, victims)
         entries = [self._entries[victim.entry] for victim in victims]
         for entry in entries:
             self.counts[entry.image.kind].evictions += 1
@@ -338,12 +341,6 @@ class PoolBook:
     def _use(self, entry: Entry, now_s: float) -> None:
         entry.uses += 1
         entry.used_s = now_s
-        entry.value = value_of_use(
-            age=self.age,
-            uses=entry.uses,
-            reload_cost_s=entry.image.reload_cost_s,
-            size_bytes=entry.charged_bytes,
-        )
 
     def _refuse(self, client: int, why: Refusal, reason: str) -> Refuse:
         self.refusals[why] += 1

@@ -21,7 +21,6 @@ class Entry:
     waiters: list[int] = field(default_factory=list)  # who follows, in the order in which they came
     references: set[int] = field(default_factory=set)
     uses: int = 0
-    value: float = 0.0
     used_s: float = 0.0
 
     @property

@@ -15,7 +15,7 @@ import ghostserve
 from ghostserve.errors import PoolError
 from ghostserve.weights import runtime_dir
 
-_LAUNCH_TIMEOUT_S = 5.0  # a Python that forks at once
+_LAUNCH_TIMEOUT_S = 10.0  # a Python that forks at once: 0.1 s, and more where all processors are taken
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")  # no keys and no tokens of whoever was first
 
 

@@ -125,7 +125,7 @@ class EntryInfo:
     pinned: bool
     uses: int
     made_s: float  # monotonic, of this machine
-    used_s: float
+    used_s: float  # when its last user came or went
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,3 +142,4 @@ class PoolStats:
     entries: Mapping[ImageKind, int]
     counts: Mapping[ImageKind, Counts]
     refusals: Mapping[Refusal, int]
+    began_s: float = 0.0  # when the holder started (monotonic, of this machine): another one counts anew
