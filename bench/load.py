@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round")
     parser.add_argument("--size", type=float, default=SIZE_GB, metavar="GB")
     parser.add_argument("--rounds", type=int, default=REPETITIONS)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round that would end later")
     parser.add_argument("--directory", type=Path, default=Path.cwd(), help="on the disk that is measured")
     parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
@@ -67,11 +69,11 @@ def main(argv: Sequence[str]) -> int:
         repetitions=1 if arguments.quick else arguments.rounds,
         directory=arguments.directory,
         on_progress=say,
+        time_max_s=60 * arguments.minutes,
     )
     name = "load-quick" if arguments.quick else "load"
-    stem = results.unused_stem(
-        f"{name}-{about['date'][:10]}", {path.stem for path in arguments.out.glob("*")}
-    )
+    taken = {path.stem for path in arguments.out.glob("*")}
+    stem = results.unused_stem(f"{name}-{about['date'][:10]}", taken)  # as results.write does
     text = markdown(report, f"{stem}.svg")
     written = results.write(
         name, about=about, document=report.to_dict(), markdown=text, directory=arguments.out

@@ -288,6 +288,31 @@ def test_loaders_that_disagree_are_found() -> None:
         run(alike | {RIVAL: "3"})
 
 
+def test_no_round_is_begun_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def measure_one(cell: Cell, digest: bool) -> Sample:
+        nonlocal now_s
+        now_s += 10.0
+        return sample(10.0)
+
+    monkeypatch.setattr(bench_load, "monotonic_s", lambda: now_s)
+    rounds = {
+        limit_s: len(
+            bench_load._rounds(
+                [COLD, RIVAL],
+                measure_one,
+                repetitions=5,
+                on_progress=lambda text: None,
+                rng=random.Random(0),
+                time_max_s=limit_s,
+            )[COLD]
+        )
+        for limit_s in (1.0, 59.0, 60.0, 1000.0)
+    }
+    assert rounds == {1.0: 1, 59.0: 2, 60.0: 3, 1000.0: 5}
+
+
 def test_the_model_is_removed_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(files: list[Path], on_progress: object) -> Depth:
         assert all(file.exists() for file in files)

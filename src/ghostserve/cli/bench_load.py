@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import sys
@@ -17,6 +18,7 @@ from ghostserve.cli.bench_load_model import Shape, write_model
 from ghostserve.cli.bench_load_plan import Cell, plan_cells, shuffled
 from ghostserve.cli.bench_load_report import Report, make_report, text_table
 from ghostserve.cli.bench_load_run import Sample, Trials, measure_cell
+from ghostserve.clock import monotonic_s
 from ghostserve.errors import CheckFailed, UnsupportedError, UsageError
 
 SIZE_GB = 2.1
@@ -83,8 +85,9 @@ def measure(
     directory: Path,
     on_progress: Progress,
     seed: int = 0,
+    time_max_s: float = math.inf,
 ) -> Report:
-    """Every cell `repetitions` times, in rounds of shuffled order. The model is removed whatever happens.
+    """Every cell `repetitions` times, or as often as `time_max_s` allows, in rounds of shuffled order. The model is removed whatever happens.
 
     CheckFailed if two loaders of the same work end with different bytes, or a state of the caches cannot be brought about.
     """
@@ -104,6 +107,7 @@ def measure(
                 repetitions=repetitions,
                 on_progress=on_progress,
                 rng=random.Random(seed),
+                time_max_s=time_max_s,
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -137,14 +141,20 @@ def _rounds(
     repetitions: int,
     on_progress: Progress,
     rng: random.Random,
+    time_max_s: float = math.inf,
 ) -> dict[Cell, list[Sample]]:
     samples: dict[Cell, list[Sample]] = {cell: [] for cell in cells}
     digests: dict[tuple[bool, int], tuple[str, Cell]] = {}
+    began_s = monotonic_s()
     for repetition in range(repetitions):
+        if repetition and (monotonic_s() - began_s) * (repetition + 1) / repetition > time_max_s:
+            on_progress(f"stopped after {repetition} of {repetitions} rounds: the next would take too long")
+            break
         for cell in shuffled(cells, rng):
             sample = measure_one(cell, repetition == 0)
             samples[cell].append(sample)
-            on_progress(f"[{repetition + 1}/{repetitions}] {cell}: {sample.seconds:.2f} s")
+            disk = "" if sample.ceiling_s is None else f" (the disk: {sample.ceiling_s:.2f} s)"
+            on_progress(f"[{repetition + 1}/{repetitions}] {cell}: {sample.seconds:.2f} s{disk}")
             if sample.digest:
                 digest, first = digests.setdefault(cell.work, (sample.digest, cell))
                 if digest != sample.digest:
