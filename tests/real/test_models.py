@@ -15,7 +15,7 @@ import pytest
 from ghostserve.weights.pool_start import stop_holder
 from model_server import ModelServer, serving
 from real import kit
-from real.kit import SEEDED, TINY, Hurt, Served
+from real.kit import SEEDED, TINY, Served
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 FILES = (
@@ -102,9 +102,8 @@ def test_it_is_served_from_the_cache_and_from_memory(home: Home, served: Served)
 
 def test_a_lost_rank_loads_from_there_too(served: Served) -> None:
     reference, before = served.reference(SEEDED), served.recoveries()
-    hurt = Hurt(40, lambda: served.kill(1))
-    kit.assert_same(reference, served.run(SEEDED, on_token=hurt))
-    assert hurt.done
+    served.kill_after(40, 1)
+    kit.assert_same(reference, served.run(SEEDED))
     kit.assert_rebuilt(served.recovery(after=before), sealed=True)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from ghostserve.weights import pool_start, runtime_dir
 from real import kit
-from real.kit import Ask, Hurt, Served, assert_rebuilt, assert_same
+from real.kit import Ask, Served, assert_rebuilt, assert_same
 from real.page_cache import cached_bytes, forget, read_from_disk_bytes
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
@@ -82,7 +82,8 @@ def lose(served: Served) -> dict[str, Any]:
     """Kill a rank in mid-answer: the tokens are as without, and this is the report."""
     reference, before = served.reference(ASK), served.recoveries()
     served.settle()
-    assert_same(reference, served.run(ASK, on_token=Hurt(30, lambda: served.kill(1))))
+    served.kill_after(30, 1)
+    assert_same(reference, served.run(ASK))
     report = served.recovery(after=before)
     assert_rebuilt(report, sealed=True)
     return report
