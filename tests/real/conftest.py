@@ -8,7 +8,7 @@ import pytest
 
 from real import kit
 
-SERVERS_MAX = 13
+SERVERS_MAX = 12
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -108,6 +108,7 @@ def test_no_disk(pooled: Served, model: Path) -> None:
     assert read < sum(shard.stat().st_size for shard in shards(model)) // 4
 
 
+@pytest.mark.slow  # another server
 def test_without_the_pool_there_is_a_read(unpooled: Served, model: Path) -> None:
     """The negative control: the same check, and the disk is read."""
     read = lose_with_a_cold_cache(unpooled, model)
@@ -115,6 +116,7 @@ def test_without_the_pool_there_is_a_read(unpooled: Served, model: Path) -> None
     assert read > sum(shard.stat().st_size for shard in shards(model)) // 2
 
 
+@pytest.mark.slow  # another server
 def test_the_same_tokens_with_and_without(pooled: Served, unpooled: Served) -> None:
     for ask in (ASK, kit.SEEDED):
         assert_same(unpooled.reference(ask), pooled.reference(ask))
