@@ -7,7 +7,6 @@ whoever waits for it is bounded, too.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import mmap
 import threading
@@ -122,14 +121,8 @@ class Arriving:
 
 
 def private_memory(file: WeightsFile) -> Bytes:
-    """Room for the whole file; only what is written to takes memory.
-
-    Private, since an anonymous shared page costs twice as much to get; in huge pages where the system grants them, since the disk writes
-    here as fast as pages can be had.
-    """
+    """Room for the whole file; only what is written to takes memory. Private: a shared page costs twice as much to get."""
     memory = mmap.mmap(-1, max(1, file.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8)
 
 
