@@ -210,6 +210,23 @@ def test_a_chat_says_so_too(served: kit.Served, killed: tuple[str, list[dict[str
     assert counted == len(told) == 3, "the metric counts what is told"
 
 
+def test_since_when_kv_is_unprotected(served: kit.Served) -> None:
+    """Here, where no earlier test has had memory run out: it is told once a minute at most."""
+    told = tell(served, "events", "--json")
+    assert "kv_unprotected" not in told, "negative control"
+    served.server.admin.inflict("memory_exhausted", steps=0)
+    try:
+        post(served, max_tokens=80)
+        deadline_s = monotonic_s() + 20
+        while "kv_unprotected" not in (told := tell(served, "events", "--json")):
+            assert monotonic_s() < deadline_s, told
+    finally:
+        served.server.admin.disarm_faults()
+    (event,) = (json.loads(line) for line in told.splitlines() if "kv_unprotected" in line)
+    assert event["data"]["blocks"] > 0
+    assert event["data"]["reason"] == "--host-memory is full"
+
+
 def test_the_file_has_it_all_and_a_stream_ends_with_the_server(
     served: kit.Served, log_file: Path, killed: tuple[str, list[dict[str, Any]]]
 ) -> None:
