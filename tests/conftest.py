@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[TERMINAL])
     pool_start.stop_holder(config.stash[RUNTIME_DIR])
-    shutil.rmtree(config.stash[RUNTIME_DIR])
+    shutil.rmtree(config.stash[RUNTIME_DIR], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
