@@ -6,7 +6,7 @@ import {count} from "./format.js";
 
 const PAINT_MS = 50, AT_END_PX = 40;
 
-let waiting = [], paintedMs = 0;
+let waiting = [], progress, progressTimer;
 
 export function clear() {
   waiting = [];
@@ -33,11 +33,18 @@ export function markDifferent(nodes, first) {
   for (const node of new Set(nodes.slice(first))) node.replaceWith(make("span", {class: "differs", text: node.data}));
 }
 
+// The last of a burst is shown, too: a stream that stands still has no next token to show it with.
 export function showProgress(what, seen, total, startMs) {
-  const nowMs = performance.now();
-  if (nowMs - paintedMs < PAINT_MS && seen < total) return;
-  paintedMs = nowMs;
-  const rate = seen / Math.max((nowMs - startMs) / 1000, 0.001);
+  progress = {what, seen, total, startMs};
+  if (seen >= total) return paintProgress();
+  progressTimer ??= setTimeout(paintProgress, PAINT_MS);
+}
+
+function paintProgress() {
+  clearTimeout(progressTimer);
+  progressTimer = undefined;
+  const {what, seen, total, startMs} = progress;
+  const rate = seen / Math.max((performance.now() - startMs) / 1000, 0.001);
   $("progress").max = total;
   $("progress").value = seen;
   setText($("count"), `${what}: ${seen} of ${count(total, "token")} · ${rate.toFixed(0)} per second`);
