@@ -17,7 +17,7 @@ import pytest
 from ghostserve.clock import monotonic_s, sleep_s
 from model_server import COMMIT, MODEL, ModelServer, serving, tiny_model
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 SOURCE = Path(__file__).parents[1] / "src"
 WEIGHTS = "model.safetensors"
 ONE_CHUNK = 8 * 2**20
