@@ -37,7 +37,7 @@ def _nothing_is_left() -> Iterator[None]:
     before, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())  # others' tests leave some
     yield
     assert [thread.name for thread in set(threading.enumerate()) - threads] == []
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what others left may be collected meanwhile
 
 
 def whole(path: Path, **order: object) -> tuple[bytes, ReadStats, list[int]]:
