@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ghostserve.errors import WeightsChangedError, WeightsError
-from ghostserve.weights.arriving import Arriving, private_memory
 from ghostserve.weights.checksums import Checksums
 from ghostserve.weights.model_files import WeightsFile, open_file
+from ghostserve.weights.own_file import OwnFile
+from ghostserve.weights.recycled import Recycler
 from weights_kit import write_weights
 
 TENSORS = {f"t{number}": ("U8", [size]) for number, size in enumerate((5, 1 << 20, 0, 3, 9 << 20, 4096))}
@@ -28,11 +29,11 @@ def spans_of(file: WeightsFile, names: str) -> list[tuple[int, int]]:
     return [(one.begin, one.end) for one in file.header.tensors if one.name[1] in names]
 
 
-def arrive(file: WeightsFile, names: str, **more: object) -> Arriving:
-    return Arriving(
+def arrive(file: WeightsFile, names: str, **more: object) -> OwnFile:
+    return OwnFile(
         file,
         spans_of(file, names),
-        private_memory(file),
+        Recycler(),
         **{"direct": None, "verify": None, **more},  # type: ignore[arg-type]
     )
 
@@ -53,8 +54,8 @@ def test_every_byte_is_right_when_it_is_handed_out(
 def test_only_what_is_wanted_is_read(file: WeightsFile) -> None:
     arriving = arrive(file, "5")
     arriving.wait()
-    assert arriving.stats is not None
-    assert arriving.stats.bytes_read < 1 << 20
+    assert arriving.arriving.stats is not None
+    assert arriving.arriving.stats.bytes_read < 1 << 20
 
 
 def test_a_file_that_changed(file: WeightsFile) -> None:

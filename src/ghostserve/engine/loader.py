@@ -24,13 +24,14 @@ from ghostserve.engine.load_format import LOAD_FORMAT, NEWCOMER_KEY
 from ghostserve.engine.loader_files import FileBytes, tensors
 from ghostserve.engine.rank_made_of import made_of
 from ghostserve.errors import UnsafeWeightsError
-from ghostserve.weights.arriving import Arriving, private_memory
 from ghostserve.weights.checksum_file import ChecksumFile
 from ghostserve.weights.checksums import Checksums
 from ghostserve.weights.model_files import CONVERT, ModelFiles, WeightsFile, open_files
+from ghostserve.weights.own_file import OwnFile
 from ghostserve.weights.pool import TIMEOUT_S, Pool
 from ghostserve.weights.pooled_file import PooledFile
 from ghostserve.weights.rank_image import image_key
+from ghostserve.weights.recycled import Recycler
 
 RECOVERY_TIMEOUT_S = 0.5  # clients wait for the answer meanwhile
 LABEL_CHARACTERS_MAX = 256
@@ -153,10 +154,10 @@ class GhostModelLoader(DefaultModelLoader):
             bar_format=weight_utils._BAR_FORMAT,
         )
         local_experts = self.local_expert_ids
-        checksums = ChecksumFile(model)
+        checksums, recycler = ChecksumFile(model), Recycler()
 
         def open_bytes(file: WeightsFile, spans: list[tuple[int, int]]) -> FileBytes:
-            return self._open(file, spans, checksums.of(file))
+            return self._open(file, spans, checksums.of(file), recycler)
 
         for name, tensor in tensors(
             shown, open_bytes, lambda name: not should_skip_weight(name, local_experts)
@@ -165,18 +166,14 @@ class GhostModelLoader(DefaultModelLoader):
         if checksums.learned and not self._in_recovery:
             checksums.save()
 
-    def _open(self, file: WeightsFile, spans: list[tuple[int, int]], verify: Checksums) -> FileBytes:
+    def _open(
+        self, file: WeightsFile, spans: list[tuple[int, int]], verify: Checksums, recycler: Recycler
+    ) -> FileBytes:
         """Several ranks share what one of them reads; one alone reads only what it wants, past the page cache."""
-        several = get_tensor_model_parallel_world_size() > 1
-        if several and self._pool is not None and not self._in_recovery:
-            return PooledFile(self._pool, file, spans, label=self._label, verify=verify)
-        return Arriving(
-            file,
-            spans,
-            private_memory(file),
-            direct=False if several and not self._in_recovery else None,
-            verify=verify,
-        )
+        several = get_tensor_model_parallel_world_size() > 1 and not self._in_recovery
+        if several and self._pool is not None:
+            return PooledFile(self._pool, file, spans, label=self._label, verify=verify, recycler=recycler)
+        return OwnFile(file, spans, recycler, direct=False if several else None, verify=verify)
 
 
 register_model_loader(LOAD_FORMAT)(GhostModelLoader)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ghostserve.errors import UnsupportedError
-from ghostserve.weights.arriving import Bytes
+from ghostserve.weights.destination import Bytes
 from ghostserve.weights.dtypes import ELEMENT_TYPES
 from ghostserve.weights.header import TensorSpan
 from ghostserve.weights.model_files import WeightsFile
@@ -19,7 +19,8 @@ class FileBytes(Protocol):
     """The bytes of one file, here or on their way."""
 
     def get(self, begin: int, end: int) -> Bytes:
-        """These bytes of the file, writable, nobody else's. Waits for them. Raises WeightsError."""
+        """These bytes of the file, writable, nobody else's as long as the array lives. In ascending order. Waits for them. Raises
+        WeightsError."""
         ...
 
     @property

@@ -15,13 +15,17 @@ import json
 import logging
 
 from ghostserve.errors import PoolError
-from ghostserve.weights.arriving import Arriving, Bytes, private_memory
+from ghostserve.weights.arriving import Arriving
 from ghostserve.weights.bounded import STALL_S as BOUND_S
 from ghostserve.weights.bounded import answer_within
 from ghostserve.weights.checksums import Checksums
+from ghostserve.weights.destination import Bytes, SharedFile
 from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.model_files import WeightsFile
+from ghostserve.weights.own_file import OwnFile
 from ghostserve.weights.pool import Follow, Hit, Lease, Outcome, Pool, Refused
+from ghostserve.weights.ranges import Range
+from ghostserve.weights.recycled import Recycler
 from ghostserve.weights.source import Source
 from ghostserve.weights.watermark import Watermark
 
@@ -63,10 +67,12 @@ class PooledFile:
         *,
         label: str,
         verify: Checksums | None,
+        recycler: Recycler | None = None,
     ) -> None:
+        """`spans`: the tensors that will be asked for, ascending. `recycler`: for what is read alone; one of its own."""
         self._file, self._spans, self._verify = file, spans, verify
-        self._arriving: Arriving | None = None
-        self._shared: Mapped | None = None
+        self._recycler = recycler or Recycler()
+        self._reading: Arriving | OwnFile | None = None
         self._watermark: Watermark | None = None
         self._view: Bytes | None = None
         self._held: Hit | Lease | Follow | None = None
@@ -84,10 +90,10 @@ class PooledFile:
             if self._watermark.wait(end, timeout_s=STALL_S):
                 break
             self._succeed()
-        if self._arriving is not None:
-            arrived = self._arriving.get(begin, end)
-            if self._view is None:
-                return arrived
+        if isinstance(self._reading, OwnFile):
+            return self._reading.get(begin, end)
+        if self._reading is not None and begin < end:
+            self._reading.until(end)
         assert self._view is not None
         return self._view[begin:end]
 
@@ -96,24 +102,24 @@ class PooledFile:
         """Whether all that was wanted is there."""
         if isinstance(self._held, Follow):
             return self._watermark is not None and self._watermark.ready_bytes == self._file.nbytes
-        return self._arriving is None or self._arriving.arrived
+        return self._reading is None or self._reading.arrived
 
     def wait(self) -> None:
-        if self._arriving is not None:
-            self._arriving.wait()
+        if self._reading is not None:
+            self._reading.wait()
         else:
             demand_unchanged(self._file)
         if isinstance(self._held, Lease):
             self._publish(self._held)
 
     def close(self) -> None:
-        if self._arriving is not None:
-            self._arriving.close()
+        if self._reading is not None:
+            self._reading.close()
         if self._watermark is not None:
             self._watermark.close()
         if self._held is not None:
             self._held.close()
-        self._held = self._watermark = self._view = self._shared = None
+        self._held = self._watermark = self._view = None
 
     # -- the four ways -----------------------------------------------------------------------------------------------
 
@@ -133,12 +139,11 @@ class PooledFile:
             self._read_alone(str(error))
 
     def _lead(self, lease: Lease) -> None:
-        self._shared = Mapped(lease.fd, offset=0, length=self._file.nbytes, shared=True)
         self._watermark = lease.watermark()
-        self._arriving = Arriving(
+        self._reading = Arriving(
             self._file,
-            [(0, self._file.nbytes)],
-            self._shared.array(),
+            [Range(0, self._file.nbytes, 0)],
+            SharedFile(lease.fd, self._file.nbytes),
             direct=None,
             verify=self._verify,
             on_ready=self._watermark.advance,
@@ -157,20 +162,12 @@ class PooledFile:
     def _read_alone(self, reason: str) -> None:
         logger.info("weights: %s is read by this process alone: %s", self._file.name, reason)
         # Others may be doing the same: by way of the page cache the disk is asked once.
-        self._arriving = Arriving(
-            self._file, self._spans, private_memory(self._file), direct=False, verify=self._verify
-        )
+        self._reading = OwnFile(self._file, self._spans, self._recycler, direct=False, verify=self._verify)
 
     def _publish(self, lease: Lease) -> None:
-        """Let go of the right to write, and have the pool keep it for who comes next."""
+        """Have the pool keep it for who comes next."""
         assert self._watermark is not None
-        assert self._shared is not None
         self._watermark.close()
-        try:
-            self._shared.make_private(lease.fd)
-        except OSError as error:
-            logger.info("weights: %s is not kept in the pool: %s", self._file.name, error)
-            return
         published = lease.publish()
         if isinstance(published, Refused):
             logger.info("weights: %s is not kept in the pool: %s", self._file.name, published.reason)

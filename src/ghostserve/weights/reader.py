@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ghostserve import clock
 from ghostserve.errors import WeightsReadError
 from ghostserve.weights.bounded import STALL_S, WAIT_S, answer_within
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
+from ghostserve.weights.destination import Bytes, Destination, Memory
 from ghostserve.weights.model_files import WeightsFile
 from ghostserve.weights.ranges import ALIGN_BYTES, CHUNK_BYTES, DEPTH, Chunk, Range, plan
 from ghostserve.weights.source import Source
@@ -60,22 +60,25 @@ class ReadStats:
 def read_ranges(
     path: Path,
     ranges: Sequence[Range],
-    into: memoryview | None,
+    into: Destination | memoryview | None,
     *,
     depth: int = DEPTH,
     chunk_bytes: int = CHUNK_BYTES,
     direct: bool | None = None,
     on_ready: Callable[[int], None] | None = None,
+    may_begin: Callable[[int, float], bool] | None = None,
     verify: Checksums | None = None,
     expect: WeightsFile | None = None,
     stall_s: float = STALL_S,
 ) -> ReadStats:
     """Read `ranges` of the file at `path`, ascending and apart, to their places in `into`; then all of it is there.
 
-    `into`: writable and contiguous; it should begin at a page, and be private memory where it need not be shared. Read in place is what lies at the same distance from a
-    multiple of 4096 in file and memory, the rest is copied. None: read and check only.
+    `into`: memory should begin at a page, and be private where it need not be shared. Read in place is what lies at the same distance
+    from a multiple of 4096 in file and memory, the rest is copied. None: read and check only.
     `on_ready` is called in this thread with how many of the bytes wanted, in order, are there and checked. What it raises
     ends the read.
+    `may_begin` is asked in the threads, before they read from a byte of the file on, whether they may; it answers within the seconds
+    given. What it raises ends the read.
     `verify`: every cell touched is read as a whole and compared before any of its bytes counts as ready.
     `expect`: the file when its header was read. Without it, it must not change from when it is opened.
 
@@ -83,18 +86,16 @@ def read_ranges(
     may still be written to: let go of the memory, do not use it again for something else.
     """
     began = clock.monotonic_s()
-    target = None if into is None else np.frombuffer(into, dtype=np.uint8)
-    if target is not None and not target.flags.writeable:
-        raise ValueError("the destination is not writable")
-    if target is not None and any(wanted.at + wanted.end - wanted.begin > target.size for wanted in ranges):
-        raise ValueError(f"the destination has {target.size} bytes, and a range ends behind it")
+    target = Memory(into) if isinstance(into, memoryview) else into
+    if target is not None and any(wanted.at + wanted.end - wanted.begin > target.nbytes for wanted in ranges):
+        raise ValueError(f"the destination has {target.nbytes} bytes, and a range ends behind it")
     source = answer_within(stall_s, lambda: Source(path, direct=direct), path)
     try:
         nbytes, mtime_ns = (expect or source).nbytes, (expect or source).mtime_ns
         answer_within(stall_s, lambda: source.check_unchanged(nbytes=nbytes, mtime_ns=mtime_ns), path)
         align_bytes = ALIGN_BYTES if verify is None else CELL_BYTES
         chunks = plan(ranges, file_bytes=nbytes, chunk_bytes=chunk_bytes, align_bytes=align_bytes)
-        job = _Job(source, chunks, target, verify)
+        job = _Job(source, chunks, target, verify, may_begin)
         job.run(depth, on_ready, stall_s)
         answer_within(stall_s, lambda: source.check_unchanged(nbytes=nbytes, mtime_ns=mtime_ns), path)
     finally:
@@ -112,16 +113,19 @@ class _Job:
         self,
         source: Source,
         chunks: Sequence[Chunk],
-        target: npt.NDArray[np.uint8] | None,
+        target: Destination | None,
         verify: Checksums | None,
+        may_begin: Callable[[int, float], bool] | None,
     ) -> None:
         self._source = source
         self._chunks = chunks
         self._target = target
         self._verify = verify
+        self._may_begin = may_begin
         self._news = threading.Condition()  # guards what follows
         self._next = 0
         self._open: set[int] = set()
+        self._held_back: set[int] = set()  # of those open
         self._done: set[int] = set()
         self._error: BaseException | None = None
         self._stop = False
@@ -168,7 +172,8 @@ class _Job:
                         "check the disk, or the connection to the server of its file system"
                     )
                 self._news.wait(min(WAIT_S, stall_s))
-                idle_s = idle_s + min(WAIT_S, stall_s) if moves == self._moves else 0.0
+                still = moves == self._moves and at not in self._held_back
+                idle_s = idle_s + min(WAIT_S, stall_s) if still else 0.0
                 moves = self._moves
             if self._error is not None:
                 raise self._error
@@ -184,6 +189,8 @@ class _Job:
         try:
             while (number := self._take()) is not None:
                 chunk = self._chunks[number]
+                if not self._begin(number):
+                    return
                 place = self._place(chunk)
                 if place is not None:
                     self._read(chunk, place, stats)
@@ -215,14 +222,27 @@ class _Job:
             self._open.add(number)
             return number
 
-    def _place(self, chunk: Chunk) -> npt.NDArray[np.uint8] | None:
+    def _begin(self, number: int) -> bool:
+        """Wait until the chunk may be read; False if it is over."""
+        if self._may_begin is None or self._may_begin(self._chunks[number].offset, 0.0):
+            return True
+        with self._news:
+            self._held_back.add(number)
+        while not self._stop and self._error is None:
+            if self._may_begin(self._chunks[number].offset, WAIT_S):
+                with self._news:
+                    self._held_back.remove(number)
+                return True
+        return False
+
+    def _place(self, chunk: Chunk) -> Bytes | None:
         """Where in the destination the chunk can be read to; None if it has to be copied there."""
         if self._target is None or chunk.whole is None:
             return None
-        place = self._target[chunk.whole : chunk.whole + chunk.nbytes]
-        return None if self._source.direct and place.ctypes.data % ALIGN_BYTES else place
+        place = self._target.place(chunk.whole, chunk.nbytes)
+        return None if place is None or (self._source.direct and place.ctypes.data % ALIGN_BYTES) else place
 
-    def _read(self, chunk: Chunk, into: npt.NDArray[np.uint8], stats: ReadStats) -> None:
+    def _read(self, chunk: Chunk, into: Bytes, stats: ReadStats) -> None:
         began = clock.monotonic_s()
         stats.bytes_direct += self._source.read(chunk.offset, into.data, self._moved)
         read = clock.monotonic_s()
@@ -233,18 +253,16 @@ class _Job:
         stats.reads += 1
         stats.bytes_read += chunk.nbytes
 
-    def _make_staging(self) -> npt.NDArray[np.uint8]:
+    def _make_staging(self) -> Bytes:
         nbytes = max(chunk.nbytes for chunk in self._chunks)
         return np.frombuffer(mmap.mmap(-1, nbytes, flags=PRIVATE), dtype=np.uint8)
 
-    def _copy(self, chunk: Chunk, staging: npt.NDArray[np.uint8], stats: ReadStats) -> None:
+    def _copy(self, chunk: Chunk, staging: Bytes, stats: ReadStats) -> None:
         if self._target is None:
             return
         began = clock.monotonic_s()
         for piece in chunk.pieces:
-            self._target[piece.target : piece.target + piece.nbytes] = staging[
-                piece.source : piece.source + piece.nbytes
-            ]
+            self._target.put(piece.target, staging[piece.source : piece.source + piece.nbytes])
             stats.bytes_copied += piece.nbytes
         stats.copy_s += clock.monotonic_s() - began
 
