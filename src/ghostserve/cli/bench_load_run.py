@@ -185,5 +185,5 @@ def measure_cell(
         peak_rss_growth_bytes=largest("peak_rss_growth_bytes"),
         pss_bytes=largest("pss"),
         pss_shared_bytes=max(of_rank["pss_shmem"] + of_rank["pss_file"] for of_rank in ranks),
-        digest="/".join(of_rank["digest"] for of_rank in ranks),
+        digest="/".join(of_rank["digest"] for of_rank in ranks if of_rank["digest"]),
     )
