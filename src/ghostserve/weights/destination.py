@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ghostserve.errors import PoolError
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -21,7 +23,7 @@ class Destination(Protocol):
         ...
 
     def put(self, at: int, data: Bytes) -> None:
-        """Copy `data`, which is wanted as one piece, to its place. Raises OSError."""
+        """Copy `data`, which is wanted as one piece, to its place."""
         ...
 
 
@@ -56,6 +58,10 @@ class SharedFile:
         return None
 
     def put(self, at: int, data: Bytes) -> None:
+        """PoolError if there is no more memory."""
         done = 0
-        while done < data.size:
-            done += os.pwrite(self._fd, data[done:].data, at + done)
+        try:
+            while done < data.size:
+                done += os.pwrite(self._fd, data[done:].data, at + done)
+        except OSError as error:
+            raise PoolError(f"the pool's memory cannot be written to: {error.strerror}") from error

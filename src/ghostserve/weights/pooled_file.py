@@ -90,10 +90,14 @@ class PooledFile:
             if self._watermark.wait(end, timeout_s=STALL_S):
                 break
             self._succeed()
+        if isinstance(self._reading, Arriving) and begin < end:
+            try:
+                self._reading.until(end)
+            except PoolError as error:
+                self.close()
+                self._read_alone(str(error))
         if isinstance(self._reading, OwnFile):
             return self._reading.get(begin, end)
-        if self._reading is not None and begin < end:
-            self._reading.until(end)
         assert self._view is not None
         return self._view[begin:end]
 
@@ -105,12 +109,17 @@ class PooledFile:
         return self._reading is None or self._reading.arrived
 
     def wait(self) -> None:
-        if self._reading is not None:
-            self._reading.wait()
-        else:
+        try:
+            if self._reading is not None:
+                self._reading.wait()
+            else:
+                demand_unchanged(self._file)
+            if isinstance(self._held, Lease):
+                self._publish(self._held)
+        except PoolError as error:  # all that was wanted had been read
+            logger.info("weights: %s is not kept in the pool: %s", self._file.name, error)
+            self.close()
             demand_unchanged(self._file)
-        if isinstance(self._held, Lease):
-            self._publish(self._held)
 
     def close(self) -> None:
         if self._reading is not None:

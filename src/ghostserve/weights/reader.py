@@ -198,6 +198,7 @@ class _Job:
                     staging = staging if staging.size else self._make_staging()
                     self._read(chunk, staging[: chunk.nbytes], stats)
                     self._copy(chunk, staging, stats)
+                del place  # or it would keep memory that others wait for
                 with self._news:
                     self._open.remove(number)
                     self._done.add(number)
@@ -232,6 +233,7 @@ class _Job:
             if self._may_begin(self._chunks[number].offset, WAIT_S):
                 with self._news:
                     self._held_back.remove(number)
+                    self._moved(1)  # only now does its time begin
                 return True
         return False
 
