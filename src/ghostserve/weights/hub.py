@@ -7,7 +7,6 @@ go on where they were; the library then finds them in its cache and makes the fo
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghostserve.errors import (
-    DiskFullError,
-    RemoteError,
-    UsageError,
-    WeightsError,
-)
+from ghostserve.errors import RemoteError, UsageError, WeightsError
 from ghostserve.weights.cache import offline
-from ghostserve.weights.hub_fetch import BlobFetcher, etag_of, length_of, partial_of, retried
-from ghostserve.weights.pull import SPARE_BYTES, Progress, Pulled, Silent
+from ghostserve.weights.fetch import demand_room, length_of
+from ghostserve.weights.hub_fetch import BlobFetcher, etag_of, partial_of, retried
+from ghostserve.weights.pull import Progress, Pulled, Silent
 from ghostserve.weights.remote_names import BESIDE, INDEX, WEIGHTS, choose, is_weights
 from ghostserve.weights.waiting_lock import locked
 
@@ -171,12 +166,7 @@ class _Pull:
             else min(file.size, length_of(partial_of(blob)))
             for file in files
         )
-        free = shutil.disk_usage(self._blobs).free
-        if total - there and total - there + SPARE_BYTES > free:
-            raise DiskFullError(
-                f"{self._blobs}: {total - there} more bytes are needed for {self._model} and {free} are free: make room, or take "
-                "another folder with HF_HOME or --download-dir"
-            )
+        demand_room(self._blobs, total - there, model=self._model, options="HF_HOME or --download-dir")
         self._show.begin(total, there)
 
     def _on_bytes(self, nbytes: int) -> None:

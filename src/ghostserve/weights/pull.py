@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ghostserve.errors import DiskFullError, RemoteError, UsageError, WeightsChecksumError, WeightsError
+from ghostserve.errors import RemoteError, UsageError, WeightsChecksumError, WeightsError
 from ghostserve.weights.cache import (
     OFFLINE_VARIABLE,
     KeptFile,
@@ -23,7 +22,7 @@ from ghostserve.weights.cache import (
     default_root,
     offline,
 )
-from ghostserve.weights.fetch import Sums, agrees, fetch, sums_of_bytes
+from ghostserve.weights.fetch import Sums, agrees, demand_room, fetch, length_of, sums_of_bytes
 from ghostserve.weights.remote import Patience, Remote
 from ghostserve.weights.remote_names import SUMS, RemoteFile, checked_url, sums_of, version_of
 
@@ -31,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 TELLING_BYTES = 2**20
 """Files up to this length are read again to learn what etags are."""
-SPARE_BYTES = 64 * 2**20
-"""Left free on the disk: records, and what others write meanwhile."""
 
 
 class Progress(Protocol):
@@ -168,19 +165,12 @@ class _Pull:
         return _pulled(self.cache, version, fetched_bytes=self.fetched_bytes)
 
     def _demand_room(self, files: tuple[RemoteFile, ...], blobs: Mapping[RemoteFile, str | None]) -> None:
-        """DiskFullError before anything is fetched, rather than after an hour."""
-        total = there = 0
-        for file in files:
-            total += file.nbytes
-            partial = self.cache.partial_of(file)
-            begun = partial.stat().st_size if partial.exists() else 0
-            there += file.nbytes if blobs[file] else min(begun, file.nbytes)
-        free = shutil.disk_usage(self.cache.blobs).free
-        if total - there and total - there + SPARE_BYTES > free:
-            raise DiskFullError(
-                f"{self.cache.blobs}: {total - there} more bytes are needed for {self.cache.url} and {free} are free: make room, "
-                "or take another folder with --download-dir"
-            )
+        total = sum(file.nbytes for file in files)
+        there = sum(
+            file.nbytes if blobs[file] else min(file.nbytes, length_of(self.cache.partial_of(file)))
+            for file in files
+        )
+        demand_room(self.cache.blobs, total - there, model=self.cache.url, options="--download-dir")
         self.show.begin(total, there)
 
     def _fetched(self, file: RemoteFile) -> str:
