@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.remote_names import RemoteFile, folder_name
 from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
 
@@ -35,11 +36,8 @@ def offline(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def default_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """`$XDG_CACHE_HOME/ghostserve/models`, without it below `~/.cache`."""
-    home = Path(environment.get("XDG_CACHE_HOME") or "")
-    if not home.is_absolute():  # as the XDG specification has it
-        home = Path.home() / ".cache"
-    return home / "ghostserve" / "models"
+    """Where they are kept unless the user says otherwise."""
+    return cache_home(environment) / "models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ghostserve import clock
+from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.model_files import ModelFiles, WeightsFile
 
@@ -31,10 +32,7 @@ LOCK = "lock"
 
 def default_folder() -> Path:
     """Where they are kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    if not cache.is_absolute():  # as the XDG specification has it
-        cache = Path.home() / ".cache"
-    return cache / "ghostserve" / "weights"
+    return cache_home() / "weights"
 
 
 class ChecksumFile:
