@@ -25,6 +25,7 @@ from pathlib import Path
 from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.remote_names import RemoteFile, folder_name
 from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
+from ghostserve.weights.whole_file import write_whole
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 TRUE = ("1", "true", "yes", "on")
@@ -132,8 +133,8 @@ class ModelCache:
             if not link.is_symlink() or link.readlink() != target:
                 link.unlink(missing_ok=True)
                 link.symlink_to(target)
-        _write(folder.with_suffix(".json"), version.to_json())
-        _write(self.folder / "current.json", version.to_json())
+        write_whole(folder.with_suffix(".json"), version.to_json())
+        write_whole(self.folder / "current.json", version.to_json())
         return folder
 
     def forget_partials(self) -> None:
@@ -147,7 +148,7 @@ class ModelCache:
         """Alone in this folder; a process that dies lets go by that. Raises WeightsError when the other one does not get on."""
         self.blobs.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "source.json").exists():
-            _write(self.folder / "source.json", json.dumps({"url": self.url}))
+            write_whole(self.folder / "source.json", json.dumps({"url": self.url}))
         return locked(
             self.folder / "lock",
             what=self.url,
@@ -188,13 +189,3 @@ def _length(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

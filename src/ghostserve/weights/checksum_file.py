@@ -11,7 +11,6 @@ import fcntl
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from ghostserve import clock
 from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.model_files import ModelFiles, WeightsFile
+from ghostserve.weights.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,9 @@ class ChecksumFile:
                     )
                     for file in self._model.files
                 }
-                _write(self.path, _body(self._model, files))
+                body = _body(self._model, files)
+                document = {"format": FORMAT, "crc32": _seal(body), "body": body}
+                write_whole(self.path, json.dumps(document), mode=0o600)
         except OSError as error:
             logger.warning("checksums of %s are not kept: %s", self._model.folder, error)
             return False
@@ -107,21 +109,6 @@ def _body(model: ModelFiles, files: dict[str, list[int | None]]) -> dict[str, An
 
 def _seal(body: Any) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _write(path: Path, body: dict[str, Any]) -> None:
-    document = {"format": FORMAT, "crc32": _seal(body), "body": body}
-    fd, beside = tempfile.mkstemp(prefix=f".{path.stem[:16]}-", dir=path.parent)  # mode 0600
-    try:
-        with open(fd, "w") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
 
 
 def _read(path: Path, model: ModelFiles) -> dict[str, list[int | None]]:
