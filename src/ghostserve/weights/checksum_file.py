@@ -7,7 +7,6 @@ file of ours that is damaged or cannot be written is as good as none: it must ne
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from ghostserve import clock
 from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.model_files import ModelFiles, WeightsFile
+from ghostserve.weights.waiting_lock import taken
 from ghostserve.weights.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
@@ -138,14 +138,10 @@ def _locked(folder: Path) -> Iterator[None]:
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline_s = clock.monotonic_s() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if clock.monotonic_s() > deadline_s:
-                    raise TimeoutError(f"{folder / LOCK} is held by another process") from None
-                clock.sleep_s(LOCK_POLL_S)
+        while not taken(fd):
+            if clock.monotonic_s() > deadline_s:
+                raise TimeoutError(f"{folder / LOCK} is held by another process")
+            clock.sleep_s(LOCK_POLL_S)
         yield
     finally:
         os.close(fd)
