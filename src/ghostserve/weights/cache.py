@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ghostserve.weights.cache_home import cache_home
-from ghostserve.weights.remote_names import RemoteFile, folder_name
+from ghostserve.weights.remote_names import RemoteFile, checked_url, folder_name
 from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
 from ghostserve.weights.whole_file import write_whole
 
@@ -109,13 +109,12 @@ class ModelCache:
     def partial_of(self, file: RemoteFile) -> Path:
         return self.blobs / f"{file.digest}.partial"
 
-    def blob_of(self, file: RemoteFile) -> str | None:
-        """The SHA-256 under which a file of this very version is kept, if it is."""
-        for version in self.known():
-            for kept in version.files:
-                if kept.remote == file and _length(self.blobs / kept.sha256) == file.nbytes:
-                    return kept.sha256
-        return None
+    def kept(self) -> dict[RemoteFile, str]:
+        """The SHA-256 under which each version of a file is kept."""
+        found = [file for version in self.known() for file in version.files]
+        return {
+            file.remote: file.sha256 for file in found if _length(self.blobs / file.sha256) == file.nbytes
+        }
 
     def keep(self, partial: Path, sha256: str) -> None:
         """A complete partial file gets its name. Bytes that are there stay as they are: a server may run on that file."""
@@ -124,8 +123,8 @@ class ModelCache:
         else:
             partial.replace(self.blobs / sha256)
 
-    def publish(self, version: Version) -> Path:
-        """Make the folder of a version whose blobs are all there, then say so. Returns the folder."""
+    def publish(self, version: Version) -> None:
+        """Make the folder of a version whose blobs are all there, then say so."""
         folder = self.path_of(version)
         folder.mkdir(parents=True, exist_ok=True)
         for file in version.files:
@@ -135,7 +134,6 @@ class ModelCache:
                 link.symlink_to(target)
         write_whole(folder.with_suffix(".json"), version.to_json())
         write_whole(self.folder / "current.json", version.to_json())
-        return folder
 
     def forget_partials(self) -> None:
         """Once a version is complete, what was begun of others is of no use."""
@@ -169,6 +167,11 @@ class ModelCache:
     def remove(self) -> None:
         """All of it. A server that runs on it keeps what it has mapped, but cannot load it again."""
         shutil.rmtree(self.folder)
+
+
+def cache_of(url: str, root: Path | None = None, environment: Mapping[str, str] = os.environ) -> ModelCache:
+    """Where what lies at `url` is kept, by default below `default_root`. Raises UsageError."""
+    return ModelCache(root or default_root(environment), checked_url(url))
 
 
 def models_in(root: Path) -> list[ModelCache]:

@@ -14,17 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ghostserve.errors import RemoteError, UsageError, WeightsChecksumError, WeightsError
-from ghostserve.weights.cache import (
-    OFFLINE_VARIABLE,
-    KeptFile,
-    ModelCache,
-    Version,
-    default_root,
-    offline,
-)
+from ghostserve.weights.cache import OFFLINE_VARIABLE, KeptFile, ModelCache, Version, cache_of, offline
 from ghostserve.weights.fetch import Sums, agrees, demand_room, fetch, length_of, sums_of_bytes
 from ghostserve.weights.remote import Patience, Remote
-from ghostserve.weights.remote_names import SUMS, RemoteFile, checked_url, sums_of, version_of
+from ghostserve.weights.remote_names import SUMS, RemoteFile, sums_of, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +71,13 @@ def pull(
     environment: Mapping[str, str] = os.environ,
 ) -> Pulled:
     """Have the newest version of what lies at `url` in the cache. Raises UsageError, WeightsError."""
-    url = checked_url(url)
-    cache = ModelCache(root or default_root(environment), url)
+    cache = cache_of(url, root, environment)
     if offline(environment):
         return _from_cache(cache)
     show = progress or Silent()
     try:
         with cache.locked(show.say):
-            return _Pull(cache, Remote(url, patience=patience, environment=environment), show).run()
+            return _Pull(cache, Remote(cache.url, patience=patience, environment=environment), show).run()
     except OSError as error:
         raise WeightsError(f"{error.filename or cache.folder}: {error.strerror or error}") from error
 
@@ -102,7 +94,7 @@ def resolve(
     try:
         return pull(url, root=root, progress=progress, patience=patience, environment=environment)
     except RemoteError as error:
-        cache = ModelCache(root or default_root(environment), checked_url(url))
+        cache = cache_of(url, root, environment)
         if cache.current() is None:
             raise
         (progress or Silent()).say(f"{error}; taking what was pulled before")
@@ -142,11 +134,11 @@ class _Pull:
 
     def run(self) -> Pulled:
         files = self.remote.files()
-        blobs = {file: self.cache.blob_of(file) for file in files}
-        self._demand_room(files, blobs)
+        there = self.cache.kept()
+        self._demand_room(files, there)
         kept = []
         for file in files:  # small ones first
-            known = blobs[file]
+            known = there.get(file)
             sha256 = known or self._fetched(file)
             if known and file.nbytes <= TELLING_BYTES:
                 self.etags_are_sums |= (
@@ -164,10 +156,10 @@ class _Pull:
         self.cache.forget_partials()
         return _pulled(self.cache, version, fetched_bytes=self.fetched_bytes)
 
-    def _demand_room(self, files: tuple[RemoteFile, ...], blobs: Mapping[RemoteFile, str | None]) -> None:
+    def _demand_room(self, files: tuple[RemoteFile, ...], kept: Mapping[RemoteFile, str]) -> None:
         total = sum(file.nbytes for file in files)
         there = sum(
-            file.nbytes if blobs[file] else min(file.nbytes, length_of(self.cache.partial_of(file)))
+            file.nbytes if file in kept else min(file.nbytes, length_of(self.cache.partial_of(file)))
             for file in files
         )
         demand_room(self.cache.blobs, total - there, model=self.cache.url, options="--download-dir")
