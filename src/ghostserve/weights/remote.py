@@ -83,14 +83,17 @@ class Remote:
 
     def files(self) -> tuple[RemoteFile, ...]:
         """What serving needs of this folder. Raises as `choose` does, too."""
-        names = self._probed() if isinstance(self._store, HTTPStore) else self._listed()
-        chosen = choose(names, where=self.url)
-        if INDEX in names:
-            missing = [name for name in shards(self.read(INDEX), where=self.url) if name not in names]
-            if missing:
-                raise BadWeightsFileError(
-                    f"{self.url}/{INDEX} names {missing[0]}, which is not there: the upload is not complete"
-                )
+        if isinstance(self._store, HTTPStore):
+            names, indexed = self._probed()
+            chosen = choose(names, where=self.url)
+        else:
+            names = self._listed()
+            chosen = choose(names, where=self.url)
+            indexed = self._indexed() if INDEX in names else []
+        if missing := [name for name in indexed if name not in names]:
+            raise BadWeightsFileError(
+                f"{self.url}/{INDEX} names {missing[0]}, which is not there: the upload is not complete"
+            )
         return tuple(names[name] for name in chosen)
 
     def read(self, name: str) -> bytes:
@@ -162,20 +165,21 @@ class Remote:
             raise RemoteError(f"{self.url}: nothing is there: look at the bucket and the folder's name")
         return {meta["path"]: _described(meta["path"], meta) for meta in found}
 
-    def _probed(self) -> dict[str, RemoteFile]:
-        """The same where there is no list: the names that models have, and what their index names."""
+    def _indexed(self) -> list[str]:
+        return shards(self.read(INDEX), where=self.url)
+
+    def _probed(self) -> tuple[dict[str, RemoteFile], list[str]]:
+        """The same where there is no list: the names that models have, and what their index names, which is the second."""
         found = {name: file for name in PROBED if (file := self._described(name)) is not None}
-        weights = ["model.safetensors"]
-        if INDEX in found:
-            weights = shards(self.read(INDEX), where=self.url)
-        for name in weights:
+        indexed = self._indexed() if INDEX in found else []
+        for name in indexed if INDEX in found else ["model.safetensors"]:
             if (file := self._described(name)) is not None:
                 found[name] = file
         if not found:
             raise RemoteError(
                 f"{self.url}: there is neither a config.json nor weights: look at the folder's name"
             )
-        return found
+        return found, indexed
 
     def _described(self, name: str) -> RemoteFile | None:
         try:
