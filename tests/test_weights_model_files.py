@@ -16,7 +16,8 @@ from ghostserve.errors import (
     WeightsError,
     WeightsReadError,
 )
-from ghostserve.weights.model_files import INDEX, ModelFiles, open_model
+from ghostserve.weights.model_files import ModelFiles, open_model
+from ghostserve.weights.remote_names import INDEX
 from weights_kit import flip_byte, raw, write_weights
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
