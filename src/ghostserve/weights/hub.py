@@ -19,6 +19,7 @@ from ghostserve.weights.cache import offline
 from ghostserve.weights.fetch import demand_room, length_of
 from ghostserve.weights.hub_fetch import BlobFetcher, etag_of, partial_of, retried
 from ghostserve.weights.pull import Progress, Pulled, Silent
+from ghostserve.weights.remote import first_line
 from ghostserve.weights.remote_names import BESIDE, INDEX, WEIGHTS, choose, is_weights
 from ghostserve.weights.waiting_lock import locked
 
@@ -197,32 +198,28 @@ def _errors_as_ours(model: str, download_dir: Path | None) -> Iterator[None]:
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         raise RemoteError(
             f"{model}: there is no such model, or it may not be read: look at its name, and for a private or gated one at HF_TOKEN "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise UsageError(f"{model}: there is no such --revision ({_first_line(error)})") from error
+        raise UsageError(f"{model}: there is no such --revision ({first_line(error)})") from error
     except errors.HFValidationError as error:
-        raise UsageError(f"{model}: neither a folder nor a Hugging Face id: {_first_line(error)}") from error
+        raise UsageError(f"{model}: neither a folder nor a Hugging Face id: {first_line(error)}") from error
     except errors.LocalEntryNotFoundError as error:
         where = f" in {download_dir}" if download_dir else ""
         raise UsageError(
             f"{model} is not{where or ' in the cache'}: {again}, without HF_HUB_OFFLINE"
         ) from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
-        raise RemoteError(f"{model}: {_first_line(error)}") from error
+        raise RemoteError(f"{model}: {first_line(error)}") from error
     except OSError as error:
         raise _disk_error(error, model) from error
     except (UsageError, WeightsError):
         raise
     except Exception as error:  # of its HTTP client, which is not ours to import
-        raise RemoteError(f"{model}: {type(error).__name__}: {_first_line(error)}") from error
+        raise RemoteError(f"{model}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _disk_error(error: OSError, model: str) -> WeightsError:
     if error.errno is not None:
         return WeightsError(f"{error.filename or model}: {error.strerror}")
-    return RemoteError(f"{model}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:400]
+    return RemoteError(f"{model}: {first_line(error)}")

@@ -79,7 +79,7 @@ class Remote:
                 **extra,
             )
         except (BaseError, ValueError) as error:
-            raise UsageError(f"{self.url}: {_first_line(error)}") from None
+            raise UsageError(f"{self.url}: {first_line(error)}") from None
 
     def files(self) -> tuple[RemoteFile, ...]:
         """What serving needs of this folder. Raises as `choose` does, too."""
@@ -131,7 +131,7 @@ class Remote:
                 answer.raise_for_status()
                 yield from answer.iter_bytes(2**20)
         except httpx.HTTPError as error:
-            raise RemoteError(f"{url}: {_first_line(error) or type(error).__name__}: try again") from error
+            raise RemoteError(f"{url}: {first_line(error) or type(error).__name__}: try again") from error
 
     def _chunk(self, file: RemoteFile, start: int, end: int) -> memoryview:
         strong = file.etag is not None and not file.etag.startswith("W/")
@@ -203,7 +203,7 @@ class Remote:
                 f"{where}: access is denied; credentials come from the environment (AWS_ACCESS_KEY_ID, "
                 "GOOGLE_APPLICATION_CREDENTIALS, the machine's role; AWS_SKIP_SIGNATURE=true for a public bucket)"
             )
-        return RemoteError(f"{where}: {_first_line(error)}")
+        return RemoteError(f"{where}: {first_line(error)}")
 
 
 def _described(name: str, meta: Any) -> RemoteFile:
@@ -213,9 +213,9 @@ def _described(name: str, meta: Any) -> RemoteFile:
     return RemoteFile(name=name, nbytes=meta["size"], etag=etag, modified=modified)
 
 
-def _first_line(error: Exception) -> str:
-    """Of obstore's several pages."""
-    return str(error).partition("\n")[0].strip().rstrip(":")[:400]
+def first_line(error: Exception) -> str:
+    """Of the several pages that obstore and the Hub's library write."""
+    return str(error).strip().partition("\n")[0].rstrip(": ")[:400]
 
 
 def profile_credentials(environment: Mapping[str, str]) -> Any:
@@ -234,4 +234,4 @@ def profile_credentials(environment: Mapping[str, str]) -> Any:
     except ImportError:
         return None
     except Exception as error:  # botocore has many kinds for a profile that is not there or not complete
-        raise UsageError(f"the credentials of AWS cannot be read: {_first_line(error)}") from None
+        raise UsageError(f"the credentials of AWS cannot be read: {first_line(error)}") from None
