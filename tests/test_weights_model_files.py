@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,9 @@ from ghostserve.errors import (
     TruncatedWeightsError,
     UnsafeWeightsError,
     WeightsError,
-    WeightsReadError,
 )
-from ghostserve.weights.model_files import INDEX, ModelFiles, open_model
+from ghostserve.weights.model_files import ModelFiles, open_model
+from ghostserve.weights.remote_names import INDEX
 from weights_kit import flip_byte, raw, write_weights
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -152,12 +155,37 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
         open_model(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
-    write_weights(tmp_path / "model.safetensors", {"a": ("F32", [3])})
-    (tmp_path / "model.safetensors").chmod(0)
-    with pytest.raises(WeightsReadError, match="permissions"):
-        open_model(tmp_path)
+OPEN = """
+import os, sys
+from pathlib import Path
+from ghostserve.errors import WeightsError
+from ghostserve.weights.model_files import open_model
+if os.geteuid() == 0:  # who may read everything
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    print(*(file.name for file in open_model(Path(sys.argv[1])).files))
+except WeightsError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_file_that_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder, file = Path(name), Path(name) / "model.safetensors"
+        folder.chmod(0o755)
+        write_weights(file, {"a": ("F32", [3])})
+
+        def opened(mode: int) -> str:
+            file.chmod(mode)
+            command = [sys.executable, "-c", OPEN, name]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        assert opened(0o644) == "model.safetensors\n"
+        said = opened(0)
+        assert said.startswith(f"WeightsReadError {file}")
+        assert "permissions" in said
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------

@@ -109,11 +109,13 @@ def stuck(place: Place, file: WeightsFile) -> Iterator[subprocess.Popen[str]]:
         env={**os.environ, "PYTHONPATH": SOURCE},
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "half\n"
-    yield process
-    process.kill()
-    process.wait(10)
-    process.stdout.close()
+    try:
+        assert process.stdout.readline() == "half\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
 
 
 def test_the_reader_is_killed(place: Place, file: WeightsFile, stuck: subprocess.Popen[str]) -> None:

@@ -20,6 +20,7 @@ from ghostserve.errors import (
     WeightsChecksumError,
     WeightsError,
 )
+from ghostserve.weights import fetch as fetching
 from ghostserve.weights import pull as pulling
 from ghostserve.weights.cache import ModelCache, default_root, models_in
 from ghostserve.weights.fetch import Sums, agrees
@@ -310,8 +311,8 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_said_before_anything_is_fetched(
     tmp_path: Path, world: ModelServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = pulling.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(pulling.shutil, "disk_usage", lambda _path: usage)
+    usage = fetching.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(DiskFullError) as full:
         pull(world, tmp_path)
     needed = sum(map(len, world.files.values()))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ghostserve.config import GhostConfig
 from ghostserve.errors import UnsafeWeightsError
-from ghostserve.weights.model_files import CONVERT, PICKLES
+from ghostserve.weights.model_files import CONVERT, pickles_in
 
 LOAD_FORMAT = "ghostserve"
 STOCK = "auto"
@@ -49,7 +49,7 @@ def _refuse_pickles(folder: Path) -> None:
     """Before anything is started: a worker would say the same, in the middle of its traceback."""
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
-    if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
+    if pickles := pickles_in(folder):
         raise UnsafeWeightsError(
             f"{folder}: has only pickled weights ({', '.join(pickles[:3])}), which could run code: {CONVERT}; or "
             f"give --load-format {STOCK} to have vLLM open them"

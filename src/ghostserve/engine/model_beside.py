@@ -31,15 +31,15 @@ class Beside:
         for name, parameter in model.named_parameters():
             parts[f"parameter {name}"] = (_Same(parameter), parameter.dtype, tuple(parameter.shape))
             parts[f"the memory of {name}"] = parameter.data_ptr()
-            parts.update(_attributes(name, vars(parameter)))
+            parts.update(_attributes(name, parameter))
         for name, buffer in model.named_buffers():
             parts[f"buffer {name}"] = _checksum(buffer)
         for name, module in model.named_modules():
             parts[f"module {name}"] = (_Same(module), type(module))
-            parts.update(_attributes(name, vars(module)))
+            parts.update(_attributes(name, module))
             if (method := getattr(module, "quant_method", None)) is not None and hasattr(method, "__dict__"):
                 parts[f"{name}.quant_method's class"] = type(method)
-                parts.update(_attributes(f"{name}.quant_method", vars(method)))
+                parts.update(_attributes(f"{name}.quant_method", method))
         return cls(parts=parts)
 
     def first_difference(self, other: Beside) -> str | None:
@@ -61,20 +61,23 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _attributes(name: str, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for attribute, value in attributes.items():
-        if attribute not in ("_parameters", "_buffers", "_modules"):
-            yield f"{name}.{attribute}", _token(value)
+def plain_attributes(owner: object) -> Iterator[tuple[str, Any]]:
+    """Name and value of what it has beside its parameters, buffers and modules."""
+    for name, value in vars(owner).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield name, value
+
+
+def _attributes(name: str, owner: object) -> Iterator[tuple[str, Any]]:
+    for attribute, value in plain_attributes(owner):
+        yield f"{name}.{attribute}", _token(value)
 
 
 def _token(value: Any) -> Any:
     if isinstance(value, SIMPLE):
         return type(value), value
     if isinstance(value, dict):
-        return (
-            dict,
-            [(_one(key), _one(item)) for key, item in value.items()],
-        )
+        return dict, [(_one(key), _one(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple, set, frozenset)):
         return type(value), [_one(item) for item in _in_order(value)]
     return _Same(value)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from ghostserve.engine.model_beside import plain_attributes
 from ghostserve.weights.mapping import Mapped, written_pages
 from ghostserve.weights.rank_image import PAGE_BYTES, Layout, Parameter, lay_out
 
@@ -56,11 +57,10 @@ def _other_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers, and what modules keep as plain attributes."""
     yield from model.named_buffers()
     for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute not in ("_parameters", "_buffers", "_modules"):
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    if isinstance(tensor, torch.Tensor):
-                        yield f"{name}.{attribute}", tensor
+        for attribute, value in plain_attributes(module):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    yield f"{name}.{attribute}", tensor
 
 
 def layout_of(model: nn.Module) -> Layout:

@@ -59,7 +59,8 @@ class Place:
 
     `join_at` is the ring index a newcomer starts reading at; None at the server's start. `cpus` pins the
     process on CPU platforms (a fork server's children do not see per-rank environment variables). `kv_bytes`: of a
-    newcomer, whose size is known; a worker that is to find it out refuses where memory is in use.
+    newcomer, whose size is known; a worker that is to find it out refuses where memory is in use. `weights_source`: of a
+    newcomer, the files that the server started with, if they are known.
     """
 
     rank: int
@@ -69,9 +70,7 @@ class Place:
     join_at: int | None
     cpus: tuple[int, ...]
     kv_bytes: int | None
-    weights_source: str | None = (
-        None  # of a newcomer: the files that the server started with, if they are known
-    )
+    weights_source: str | None
 
 
 @dataclass(slots=True, kw_only=True)

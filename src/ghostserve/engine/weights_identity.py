@@ -39,11 +39,9 @@ def identity(
 
 def source_of(model: str, *, revision: str | None = None, cache: str | None = None) -> str | None:
     """What the pool knows these weights by: their files and headers. None where they cannot be read; then loading says why."""
-    path: Path | None = Path(model)
-    if path is not None and not path.is_dir():
-        path = _snapshot(model, revision, cache)
+    folder = Path(model) if Path(model).is_dir() else _snapshot(model, revision, cache)
     try:
-        return None if path is None else open_model(path).identity
+        return None if folder is None else open_model(folder).identity
     except (WeightsError, OSError):
         return None
 

@@ -22,8 +22,10 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ghostserve.weights.remote_names import RemoteFile, folder_name
+from ghostserve.weights.cache_home import cache_home
+from ghostserve.weights.remote_names import RemoteFile, checked_url, folder_name
 from ghostserve.weights.waiting_lock import NO_PROGRESS_S, locked
+from ghostserve.weights.whole_file import write_whole
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
 TRUE = ("1", "true", "yes", "on")
@@ -35,11 +37,8 @@ def offline(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def default_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """`$XDG_CACHE_HOME/ghostserve/models`, without it below `~/.cache`."""
-    home = Path(environment.get("XDG_CACHE_HOME") or "")
-    if not home.is_absolute():  # as the XDG specification has it
-        home = Path.home() / ".cache"
-    return home / "ghostserve" / "models"
+    """Where they are kept unless the user says otherwise."""
+    return cache_home(environment) / "models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,13 +109,12 @@ class ModelCache:
     def partial_of(self, file: RemoteFile) -> Path:
         return self.blobs / f"{file.digest}.partial"
 
-    def blob_of(self, file: RemoteFile) -> str | None:
-        """The SHA-256 under which a file of this very version is kept, if it is."""
-        for version in self.known():
-            for kept in version.files:
-                if kept.remote == file and _length(self.blobs / kept.sha256) == file.nbytes:
-                    return kept.sha256
-        return None
+    def kept(self) -> dict[RemoteFile, str]:
+        """The SHA-256 under which each version of a file is kept."""
+        found = [file for version in self.known() for file in version.files]
+        return {
+            file.remote: file.sha256 for file in found if _length(self.blobs / file.sha256) == file.nbytes
+        }
 
     def keep(self, partial: Path, sha256: str) -> None:
         """A complete partial file gets its name. Bytes that are there stay as they are: a server may run on that file."""
@@ -125,8 +123,8 @@ class ModelCache:
         else:
             partial.replace(self.blobs / sha256)
 
-    def publish(self, version: Version) -> Path:
-        """Make the folder of a version whose blobs are all there, then say so. Returns the folder."""
+    def publish(self, version: Version) -> None:
+        """Make the folder of a version whose blobs are all there, then say so."""
         folder = self.path_of(version)
         folder.mkdir(parents=True, exist_ok=True)
         for file in version.files:
@@ -134,9 +132,8 @@ class ModelCache:
             if not link.is_symlink() or link.readlink() != target:
                 link.unlink(missing_ok=True)
                 link.symlink_to(target)
-        _write(folder.with_suffix(".json"), version.to_json())
-        _write(self.folder / "current.json", version.to_json())
-        return folder
+        write_whole(folder.with_suffix(".json"), version.to_json())
+        write_whole(self.folder / "current.json", version.to_json())
 
     def forget_partials(self) -> None:
         """Once a version is complete, what was begun of others is of no use."""
@@ -149,7 +146,7 @@ class ModelCache:
         """Alone in this folder; a process that dies lets go by that. Raises WeightsError when the other one does not get on."""
         self.blobs.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "source.json").exists():
-            _write(self.folder / "source.json", json.dumps({"url": self.url}))
+            write_whole(self.folder / "source.json", json.dumps({"url": self.url}))
         return locked(
             self.folder / "lock",
             what=self.url,
@@ -172,6 +169,11 @@ class ModelCache:
         shutil.rmtree(self.folder)
 
 
+def cache_of(url: str, root: Path | None = None, environment: Mapping[str, str] = os.environ) -> ModelCache:
+    """Where what lies at `url` is kept, by default below `default_root`. Raises UsageError."""
+    return ModelCache(root or default_root(environment), checked_url(url))
+
+
 def models_in(root: Path) -> list[ModelCache]:
     """Every source that has a complete version or the beginning of one."""
     found = []
@@ -190,13 +192,3 @@ def _length(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

@@ -7,19 +7,20 @@ file of ours that is damaged or cannot be written is as good as none: it must ne
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ghostserve import clock
+from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.model_files import ModelFiles, WeightsFile
+from ghostserve.weights.waiting_lock import taken
+from ghostserve.weights.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,7 @@ LOCK = "lock"
 
 def default_folder() -> Path:
     """Where they are kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    if not cache.is_absolute():  # as the XDG specification has it
-        cache = Path.home() / ".cache"
-    return cache / "ghostserve" / "weights"
+    return cache_home() / "weights"
 
 
 class ChecksumFile:
@@ -79,7 +77,9 @@ class ChecksumFile:
                     )
                     for file in self._model.files
                 }
-                _write(self.path, _body(self._model, files))
+                body = _body(self._model, files)
+                document = {"format": FORMAT, "crc32": _seal(body), "body": body}
+                write_whole(self.path, json.dumps(document), mode=0o600)
         except OSError as error:
             logger.warning("checksums of %s are not kept: %s", self._model.folder, error)
             return False
@@ -111,21 +111,6 @@ def _seal(body: Any) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _write(path: Path, body: dict[str, Any]) -> None:
-    document = {"format": FORMAT, "crc32": _seal(body), "body": body}
-    fd, beside = tempfile.mkstemp(prefix=f".{path.stem[:16]}-", dir=path.parent)  # mode 0600
-    try:
-        with open(fd, "w") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
-
-
 def _read(path: Path, model: ModelFiles) -> dict[str, list[int | None]]:
     """By file; empty if there is nothing of use."""
     try:
@@ -153,14 +138,10 @@ def _locked(folder: Path) -> Iterator[None]:
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline_s = clock.monotonic_s() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if clock.monotonic_s() > deadline_s:
-                    raise TimeoutError(f"{folder / LOCK} is held by another process") from None
-                clock.sleep_s(LOCK_POLL_S)
+        while not taken(fd):
+            if clock.monotonic_s() > deadline_s:
+                raise TimeoutError(f"{folder / LOCK} is held by another process")
+            clock.sleep_s(LOCK_POLL_S)
         yield
     finally:
         os.close(fd)

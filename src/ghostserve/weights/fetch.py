@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from ghostserve.weights.remote_names import RemoteFile
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_BYTES = 2**22
+SPARE_BYTES = 64 * 2**20
+"""Left free on the disk: records, and what others write meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,16 @@ class _File:
         return disk_full(error, self._path, there=self.length, nbytes=self._nbytes) or error
 
 
+def demand_room(folder: Path, nbytes: int, *, model: str, options: str) -> None:
+    """DiskFullError before so many more bytes are fetched into `folder`, rather than after an hour."""
+    free = shutil.disk_usage(folder).free
+    if nbytes and nbytes + SPARE_BYTES > free:
+        raise DiskFullError(
+            f"{folder}: {nbytes} more bytes are needed for {model} and {free} are free: make room, or take another folder with "
+            f"{options}"
+        )
+
+
 def disk_full(error: OSError, path: Path, *, there: int, nbytes: int) -> DiskFullError | None:
     """What to say where the disk, or what we may have of it, is full; None for another error."""
     if error.errno not in _NO_ROOM:
@@ -105,6 +118,14 @@ def disk_full(error: OSError, path: Path, *, there: int, nbytes: int) -> DiskFul
         f"{path}: {error.strerror} after {there} of {nbytes} bytes; make room for {nbytes - there} more in {path.parent} (or take "
         "another folder with --download-dir) and pull again: what is there is kept"
     )
+
+
+def length_of(path: Path) -> int:
+    """0 for what is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def fetch(remote: Remote, file: RemoteFile, partial: Path, *, on_bytes: Callable[[int], None]) -> Sums:

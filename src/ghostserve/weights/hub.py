@@ -7,7 +7,6 @@ go on where they were; the library then finds them in its cache and makes the fo
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghostserve.errors import (
-    DiskFullError,
-    RemoteError,
-    UsageError,
-    WeightsError,
-)
+from ghostserve.errors import RemoteError, UsageError, WeightsError
 from ghostserve.weights.cache import offline
-from ghostserve.weights.hub_fetch import BlobFetcher, etag_of, length_of, partial_of, retried
-from ghostserve.weights.pull import SPARE_BYTES, Progress, Pulled, Silent
+from ghostserve.weights.fetch import demand_room, length_of
+from ghostserve.weights.hub_fetch import BlobFetcher, etag_of, partial_of, retried
+from ghostserve.weights.pull import Progress, Pulled, Silent
+from ghostserve.weights.remote import first_line
 from ghostserve.weights.remote_names import BESIDE, INDEX, WEIGHTS, choose, is_weights
 from ghostserve.weights.waiting_lock import locked
 
@@ -171,12 +167,7 @@ class _Pull:
             else min(file.size, length_of(partial_of(blob)))
             for file in files
         )
-        free = shutil.disk_usage(self._blobs).free
-        if total - there and total - there + SPARE_BYTES > free:
-            raise DiskFullError(
-                f"{self._blobs}: {total - there} more bytes are needed for {self._model} and {free} are free: make room, or take "
-                "another folder with HF_HOME or --download-dir"
-            )
+        demand_room(self._blobs, total - there, model=self._model, options="HF_HOME or --download-dir")
         self._show.begin(total, there)
 
     def _on_bytes(self, nbytes: int) -> None:
@@ -207,32 +198,28 @@ def _errors_as_ours(model: str, download_dir: Path | None) -> Iterator[None]:
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         raise RemoteError(
             f"{model}: there is no such model, or it may not be read: look at its name, and for a private or gated one at HF_TOKEN "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise UsageError(f"{model}: there is no such --revision ({_first_line(error)})") from error
+        raise UsageError(f"{model}: there is no such --revision ({first_line(error)})") from error
     except errors.HFValidationError as error:
-        raise UsageError(f"{model}: neither a folder nor a Hugging Face id: {_first_line(error)}") from error
+        raise UsageError(f"{model}: neither a folder nor a Hugging Face id: {first_line(error)}") from error
     except errors.LocalEntryNotFoundError as error:
         where = f" in {download_dir}" if download_dir else ""
         raise UsageError(
             f"{model} is not{where or ' in the cache'}: {again}, without HF_HUB_OFFLINE"
         ) from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
-        raise RemoteError(f"{model}: {_first_line(error)}") from error
+        raise RemoteError(f"{model}: {first_line(error)}") from error
     except OSError as error:
         raise _disk_error(error, model) from error
     except (UsageError, WeightsError):
         raise
     except Exception as error:  # of its HTTP client, which is not ours to import
-        raise RemoteError(f"{model}: {type(error).__name__}: {_first_line(error)}") from error
+        raise RemoteError(f"{model}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _disk_error(error: OSError, model: str) -> WeightsError:
     if error.errno is not None:
         return WeightsError(f"{error.filename or model}: {error.strerror}")
-    return RemoteError(f"{model}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:400]
+    return RemoteError(f"{model}: {first_line(error)}")

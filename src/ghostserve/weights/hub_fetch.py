@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from ghostserve.clock import sleep_s
 from ghostserve.errors import WeightsChecksumError
-from ghostserve.weights.fetch import disk_full
+from ghostserve.weights.fetch import disk_full, length_of
 from ghostserve.weights.waiting_lock import NO_PROGRESS_S
 
 FILES_AT_ONCE = 4
@@ -123,14 +123,6 @@ def etag_of(file: Any) -> str:
 def partial_of(blob: Path) -> Path:
     """Where the beginning of a blob lies."""
     return blob.with_name(f"{blob.name}.partial")
-
-
-def length_of(path: Path) -> int:
-    """0 for what is not there."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _sha256(path: Path) -> str:

@@ -23,11 +23,10 @@ from ghostserve.errors import (
 )
 from ghostserve.weights.bounded import STALL_S, answer_within
 from ghostserve.weights.header import LENGTH_BYTES, Header, header_bytes, parse_header
+from ghostserve.weights.remote_names import INDEX, PICKLES
 from ghostserve.weights.source import Source
 
-INDEX = "model.safetensors.index.json"
 INDEX_BYTES_MAX = 100_000_000
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ONE_OF_SEVERAL = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 CONVERT = (
     "convert them on a machine where that does no harm: load them there with torch.load(..., weights_only=True) and write "
@@ -208,8 +207,13 @@ def _listed(folder: Path) -> list[Path]:
         raise MissingShardError(f"{folder}: is no folder; download the model, or correct the path")
     if found := sorted(folder.glob("*.safetensors")):
         return found
-    if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
+    if pickles := pickles_in(folder):
         raise UnsafeWeightsError(
             f"{folder}: has only pickled weights ({', '.join(pickles[:3])}), which could run code and are never opened; {CONVERT}"
         )
     raise MissingShardError(f"{folder}: has no *.safetensors; download the model again")
+
+
+def pickles_in(folder: Path) -> list[str]:
+    """The names of files that could run code."""
+    return sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ghostserve.errors import UsageError
 from ghostserve.weights import hub
-from ghostserve.weights.cache import ModelCache, default_root
+from ghostserve.weights.cache import cache_of
 from ghostserve.weights.pull import Progress, Pulled
 from ghostserve.weights.pull import pull as pull_url
-from ghostserve.weights.remote_names import checked_url, is_url
+from ghostserve.weights.remote_names import is_url
 
 
 def is_folder(model: str) -> bool:
@@ -38,7 +38,7 @@ def folder_of(model: str, *, revision: str | None = None, download_dir: Path | N
         return Path(model).expanduser()
     if not is_url(model):
         return hub.folder_of(model, revision=revision, download_dir=download_dir)
-    cache = ModelCache(download_dir or default_root(), checked_url(model))
+    cache = cache_of(model, download_dir)
     version = cache.current()
     if version is None:
         raise UsageError(f"{model} is not in {cache.folder.parent}: run 'ghostserve models pull {model}'")

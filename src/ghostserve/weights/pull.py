@@ -8,31 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ghostserve.errors import DiskFullError, RemoteError, UsageError, WeightsChecksumError, WeightsError
-from ghostserve.weights.cache import (
-    OFFLINE_VARIABLE,
-    KeptFile,
-    ModelCache,
-    Version,
-    default_root,
-    offline,
-)
-from ghostserve.weights.fetch import Sums, agrees, fetch, sums_of_bytes
+from ghostserve.errors import RemoteError, UsageError, WeightsChecksumError, WeightsError
+from ghostserve.weights.cache import OFFLINE_VARIABLE, KeptFile, ModelCache, Version, cache_of, offline
+from ghostserve.weights.fetch import Sums, agrees, demand_room, fetch, length_of, sums_of_bytes
 from ghostserve.weights.remote import Patience, Remote
-from ghostserve.weights.remote_names import SUMS, RemoteFile, checked_url, sums_of, version_of
+from ghostserve.weights.remote_names import SUMS, RemoteFile, sums_of, version_of
 
 logger = logging.getLogger(__name__)
 
 TELLING_BYTES = 2**20
 """Files up to this length are read again to learn what etags are."""
-SPARE_BYTES = 64 * 2**20
-"""Left free on the disk: records, and what others write meanwhile."""
 
 
 class Progress(Protocol):
@@ -81,14 +71,13 @@ def pull(
     environment: Mapping[str, str] = os.environ,
 ) -> Pulled:
     """Have the newest version of what lies at `url` in the cache. Raises UsageError, WeightsError."""
-    url = checked_url(url)
-    cache = ModelCache(root or default_root(environment), url)
+    cache = cache_of(url, root, environment)
     if offline(environment):
         return _from_cache(cache)
     show = progress or Silent()
     try:
         with cache.locked(show.say):
-            return _Pull(cache, Remote(url, patience=patience, environment=environment), show).run()
+            return _Pull(cache, Remote(cache.url, patience=patience, environment=environment), show).run()
     except OSError as error:
         raise WeightsError(f"{error.filename or cache.folder}: {error.strerror or error}") from error
 
@@ -105,7 +94,7 @@ def resolve(
     try:
         return pull(url, root=root, progress=progress, patience=patience, environment=environment)
     except RemoteError as error:
-        cache = ModelCache(root or default_root(environment), checked_url(url))
+        cache = cache_of(url, root, environment)
         if cache.current() is None:
             raise
         (progress or Silent()).say(f"{error}; taking what was pulled before")
@@ -145,11 +134,11 @@ class _Pull:
 
     def run(self) -> Pulled:
         files = self.remote.files()
-        blobs = {file: self.cache.blob_of(file) for file in files}
-        self._demand_room(files, blobs)
+        there = self.cache.kept()
+        self._demand_room(files, there)
         kept = []
         for file in files:  # small ones first
-            known = blobs[file]
+            known = there.get(file)
             sha256 = known or self._fetched(file)
             if known and file.nbytes <= TELLING_BYTES:
                 self.etags_are_sums |= (
@@ -167,20 +156,13 @@ class _Pull:
         self.cache.forget_partials()
         return _pulled(self.cache, version, fetched_bytes=self.fetched_bytes)
 
-    def _demand_room(self, files: tuple[RemoteFile, ...], blobs: Mapping[RemoteFile, str | None]) -> None:
-        """DiskFullError before anything is fetched, rather than after an hour."""
-        total = there = 0
-        for file in files:
-            total += file.nbytes
-            partial = self.cache.partial_of(file)
-            begun = partial.stat().st_size if partial.exists() else 0
-            there += file.nbytes if blobs[file] else min(begun, file.nbytes)
-        free = shutil.disk_usage(self.cache.blobs).free
-        if total - there and total - there + SPARE_BYTES > free:
-            raise DiskFullError(
-                f"{self.cache.blobs}: {total - there} more bytes are needed for {self.cache.url} and {free} are free: make room, "
-                "or take another folder with --download-dir"
-            )
+    def _demand_room(self, files: tuple[RemoteFile, ...], kept: Mapping[RemoteFile, str]) -> None:
+        total = sum(file.nbytes for file in files)
+        there = sum(
+            file.nbytes if file in kept else min(file.nbytes, length_of(self.cache.partial_of(file)))
+            for file in files
+        )
+        demand_room(self.cache.blobs, total - there, model=self.cache.url, options="--download-dir")
         self.show.begin(total, there)
 
     def _fetched(self, file: RemoteFile) -> str:

@@ -79,18 +79,21 @@ class Remote:
                 **extra,
             )
         except (BaseError, ValueError) as error:
-            raise UsageError(f"{self.url}: {_first_line(error)}") from None
+            raise UsageError(f"{self.url}: {first_line(error)}") from None
 
     def files(self) -> tuple[RemoteFile, ...]:
         """What serving needs of this folder. Raises as `choose` does, too."""
-        names = self._probed() if isinstance(self._store, HTTPStore) else self._listed()
-        chosen = choose(names, where=self.url)
-        if INDEX in names:
-            missing = [name for name in shards(self.read(INDEX), where=self.url) if name not in names]
-            if missing:
-                raise BadWeightsFileError(
-                    f"{self.url}/{INDEX} names {missing[0]}, which is not there: the upload is not complete"
-                )
+        if isinstance(self._store, HTTPStore):
+            names, indexed = self._probed()
+            chosen = choose(names, where=self.url)
+        else:
+            names = self._listed()
+            chosen = choose(names, where=self.url)
+            indexed = self._indexed() if INDEX in names else []
+        if missing := [name for name in indexed if name not in names]:
+            raise BadWeightsFileError(
+                f"{self.url}/{INDEX} names {missing[0]}, which is not there: the upload is not complete"
+            )
         return tuple(names[name] for name in chosen)
 
     def read(self, name: str) -> bytes:
@@ -128,7 +131,7 @@ class Remote:
                 answer.raise_for_status()
                 yield from answer.iter_bytes(2**20)
         except httpx.HTTPError as error:
-            raise RemoteError(f"{url}: {_first_line(error) or type(error).__name__}: try again") from error
+            raise RemoteError(f"{url}: {first_line(error) or type(error).__name__}: try again") from error
 
     def _chunk(self, file: RemoteFile, start: int, end: int) -> memoryview:
         strong = file.etag is not None and not file.etag.startswith("W/")
@@ -162,20 +165,21 @@ class Remote:
             raise RemoteError(f"{self.url}: nothing is there: look at the bucket and the folder's name")
         return {meta["path"]: _described(meta["path"], meta) for meta in found}
 
-    def _probed(self) -> dict[str, RemoteFile]:
-        """The same where there is no list: the names that models have, and what their index names."""
+    def _indexed(self) -> list[str]:
+        return shards(self.read(INDEX), where=self.url)
+
+    def _probed(self) -> tuple[dict[str, RemoteFile], list[str]]:
+        """The same where there is no list: the names that models have, and what their index names, which is the second."""
         found = {name: file for name in PROBED if (file := self._described(name)) is not None}
-        weights = ["model.safetensors"]
-        if INDEX in found:
-            weights = shards(self.read(INDEX), where=self.url)
-        for name in weights:
+        indexed = self._indexed() if INDEX in found else []
+        for name in indexed if INDEX in found else ["model.safetensors"]:
             if (file := self._described(name)) is not None:
                 found[name] = file
         if not found:
             raise RemoteError(
                 f"{self.url}: there is neither a config.json nor weights: look at the folder's name"
             )
-        return found
+        return found, indexed
 
     def _described(self, name: str) -> RemoteFile | None:
         try:
@@ -199,7 +203,7 @@ class Remote:
                 f"{where}: access is denied; credentials come from the environment (AWS_ACCESS_KEY_ID, "
                 "GOOGLE_APPLICATION_CREDENTIALS, the machine's role; AWS_SKIP_SIGNATURE=true for a public bucket)"
             )
-        return RemoteError(f"{where}: {_first_line(error)}")
+        return RemoteError(f"{where}: {first_line(error)}")
 
 
 def _described(name: str, meta: Any) -> RemoteFile:
@@ -209,9 +213,9 @@ def _described(name: str, meta: Any) -> RemoteFile:
     return RemoteFile(name=name, nbytes=meta["size"], etag=etag, modified=modified)
 
 
-def _first_line(error: Exception) -> str:
-    """Of obstore's several pages."""
-    return str(error).partition("\n")[0].strip().rstrip(":")[:400]
+def first_line(error: Exception) -> str:
+    """Of the several pages that obstore and the Hub's library write."""
+    return str(error).strip().partition("\n")[0].rstrip(": ")[:400]
 
 
 def profile_credentials(environment: Mapping[str, str]) -> Any:
@@ -230,4 +234,4 @@ def profile_credentials(environment: Mapping[str, str]) -> Any:
     except ImportError:
         return None
     except Exception as error:  # botocore has many kinds for a profile that is not there or not complete
-        raise UsageError(f"the credentials of AWS cannot be read: {_first_line(error)}") from None
+        raise UsageError(f"the credentials of AWS cannot be read: {first_line(error)}") from None

@@ -100,14 +100,12 @@ def checked_name(name: str, *, where: str) -> str:
 
 def wanted(name: str) -> bool:
     """Whether serving may need it. Hidden files are somebody's own."""
-    return not name.startswith(".") and any(
-        fnmatch.fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *BESIDE)
-    )
+    return not name.startswith(".") and _matches(name, (*WEIGHTS, *BESIDE))
 
 
 def is_weights(name: str) -> bool:
     """Whether it holds weights that we read."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in WEIGHTS)
+    return _matches(name, WEIGHTS)
 
 
 def choose(names: Iterable[str], *, where: str) -> list[str]:
