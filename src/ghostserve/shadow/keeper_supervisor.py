@@ -172,15 +172,12 @@ class KeeperSupervisor:
                 self._hand_out()
 
     def _hand_out(self) -> None:
-        try:
-            peer, _ = self._listener.accept()
-        except OSError as error:
-            logger.warning("accept: %s", error)
+        peer = peers.accept(self._listener, own_uid=os.geteuid())
+        if peer is None:
             return
         with peer:
             try:
                 peer.settimeout(_PEER_TIMEOUT_S)
-                peers.require_same_user(peers.peer_credentials(peer), own_uid=os.geteuid())
                 if handoff.parse_hello(peer.recv(handoff.HELLO_MAX_BYTES)) is not handoff.Role.ENGINE:
                     handoff.send_segments(peer, self.segments)
             except (OSError, GhostserveError) as error:

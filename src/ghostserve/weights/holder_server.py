@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ghostserve.arena import peers
-from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.clock import monotonic_s
 from ghostserve.errors import ProtocolError
 from ghostserve.weights import pool_memory
 from ghostserve.weights import pool_messages as messages
@@ -125,17 +125,8 @@ class HolderServer:
     # -- connections -------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:  # the peer went away in between, or we are out of descriptors
-            logger.warning("accept: %s", error)
-            sleep_s(0.01)  # out of descriptors the listener stays ready: do not spin
-            return
-        try:
-            peers.require_same_user(peers.peer_credentials(sock), own_uid=os.geteuid())
-        except (OSError, ProtocolError) as error:
-            logger.warning("a client was refused: %s", error)
-            sock.close()
+        sock = peers.accept(self._listener, own_uid=os.geteuid())
+        if sock is None:
             return
         if len(self._clients) >= self._clients_max:
             idle = next((one for one in self._clients.values() if not self._book.holds(one.number)), None)
