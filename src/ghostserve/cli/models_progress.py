@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from ghostserve.cli.units import bytes_text
+from ghostserve.types import Closing
 
 
-class Bar:
+class Bar(Closing):
     """Bytes of `total_bytes`, on standard error; whoever reads standard output gets the result alone."""
 
     def __init__(self, what: str) -> None:
@@ -56,11 +56,7 @@ class Bar:
         tqdm.write(f"ghostserve: {text}", file=sys.stderr)
         sys.stderr.flush()
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
