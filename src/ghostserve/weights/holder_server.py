@@ -7,6 +7,7 @@ not read, costs that peer its connection, and so does a message that is none. Wh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -48,6 +49,10 @@ class _Memory:
     reading_fd: int  # for everybody else
     image: Image
     meta_bytes: int = 0
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self.reading_fd)
 
 
 class HolderServer:
@@ -104,8 +109,7 @@ class HolderServer:
         for client in self._clients.values():
             client.sock.close()
         for memory in self._memory.values():
-            os.close(memory.fd)
-            os.close(memory.reading_fd)
+            memory.close()
         self._clients, self._memory = {}, {}
         self._selector.close()
 
@@ -212,9 +216,7 @@ class HolderServer:
             self._perform(self._book.leave(client.number, free_bytes=self._free_bytes(), now_s=monotonic_s()))
             self._send(client, messages.Refused(why=Refusal.OTHER.value, reason=flaw))
             return
-        self._memory[entry] = _Memory(
-            fd=memory.fd, reading_fd=memory.reading_fd, image=image, meta_bytes=meta_bytes
-        )
+        self._memory[entry] = dataclasses.replace(memory, meta_bytes=meta_bytes)
         self._perform(self._book.publish(client.number, meta_bytes=meta_bytes, now_s=monotonic_s()))
 
     def _asked(self, ask: messages.Ask) -> messages.Answer:
@@ -293,8 +295,7 @@ class HolderServer:
         if action.abandoned:
             with contextlib.suppress(OSError):
                 pool_memory.mark_abandoned(memory.fd, memory.image.nbytes)
-        os.close(memory.fd)
-        os.close(memory.reading_fd)
+        memory.close()
 
     def _send(self, client: _Client, answer: messages.Answer, *, fd: int | None = None) -> None:
         """A peer that does not take its answer is dropped."""
