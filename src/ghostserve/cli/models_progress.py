@@ -17,8 +17,7 @@ class Bar(Closing):
     def __init__(self, what: str) -> None:
         self._what = what
         self._bar: Any = None
-        self._begun_with: int | None = None
-        self._done_bytes = 0
+        self._done_bytes: int | None = None  # as told to `at`; None before its first call
 
     def begin(self, total_bytes: int, there_bytes: int) -> None:
         """So much in all, of which so much is done already."""
@@ -45,8 +44,8 @@ class Bar(Closing):
 
     def at(self, done_bytes: int, total_bytes: int) -> None:
         """So much is done, for who counts by itself."""
-        if self._begun_with is None:
-            self._begun_with, self._done_bytes = total_bytes, 0
+        if self._done_bytes is None:
+            self._done_bytes = 0
             self.begin(total_bytes, 0)
         self.advance(done_bytes - self._done_bytes)
         self._done_bytes = done_bytes
