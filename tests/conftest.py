@@ -1,4 +1,4 @@
-"""Hooks that hold for every test: order, and a sign of life.
+"""What holds for every test: order, a sign of life, and fixtures that several files share.
 
 Fast tests run first and tests marked `real` last, so that a simple mistake shows in seconds. While a test is silent for
 long (a server starts), a line on the terminal says which one is running.
@@ -18,7 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage
+from ghostserve.arena.memfd import Segment
 from ghostserve.weights import pool_start, runtime_dir
+from weights_pool_kit import Place
 
 SILENCE_MAX_S = 8.0
 TERMINAL = pytest.StashKey[int]()
@@ -95,3 +98,20 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Say which test is running, while it is."""
     with sign_of_life(item.nodeid, item.config.stash[TERMINAL]):
         return (yield)
+
+
+@pytest.fixture
+def page() -> Iterator[ControlPage]:
+    """A real control page, as the engine core writes it."""
+    segment = Segment.create("test", CONTROL_BYTES)
+    ControlPage.format(segment)
+    yield ControlPage(segment, lane=LANE_ENGINE)
+    segment.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A runtime directory for a holder of its own, which ends with the test."""
+    place = Place(tmp_path / "run")
+    yield place
+    place.close()

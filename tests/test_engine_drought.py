@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
 from ghostserve.arena.control import (
-    CONTROL_BYTES,
-    LANE_ENGINE,
     ControlPage,
     Counter,
     Fault,
@@ -16,16 +10,7 @@ from ghostserve.arena.control import (
     FaultPoint,
 )
 from ghostserve.arena.frames import FramePool
-from ghostserve.arena.memfd import Segment
 from ghostserve.engine.drought import ENGINE_RANK, Drought
-
-
-@pytest.fixture
-def page() -> Iterator[ControlPage]:
-    segment = Segment.create("test", CONTROL_BYTES)
-    ControlPage.format(segment)
-    yield ControlPage(segment, lane=LANE_ENGINE)
-    segment.close()
 
 
 def test_without_a_fault_nothing_is_taken(page: ControlPage) -> None:

@@ -65,15 +65,6 @@ def engine() -> Iterator[FakeEngine]:
     engine.close()
 
 
-@pytest.fixture
-def page() -> Iterator[ControlPage]:
-    """A real control page, as the engine core writes it."""
-    segment = Segment.create("test", CONTROL_BYTES)
-    ControlPage.format(segment)
-    yield ControlPage(segment, lane=LANE_ENGINE)
-    segment.close()
-
-
 def scrape(page: Any) -> Scrape:
     registry = CollectorRegistry()
     registry.register(PageCollector(page))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ghostserve.arena.control import CONTROL_BYTES, LANE_ENGINE, ControlPage
-from ghostserve.arena.memfd import Segment
+from ghostserve.arena.control import ControlPage
 from ghostserve.web.metrics import PageCollector
 from ghostserve.web.weights_pool import PoolReading, PoolWatch, after
 from ghostserve.weights.pool import Lease, Pool
@@ -36,14 +34,6 @@ def stats(*, hits: int = 0, refused: int = 0, began_s: float = 1.0) -> PoolStats
         counts={ImageKind.FILE: Counts(), ImageKind.RANK: Counts(hits=hits, misses=1)},
         refusals=dict.fromkeys(Refusal, refused),
     )
-
-
-@pytest.fixture
-def page() -> Iterator[ControlPage]:
-    segment = Segment.create("test", CONTROL_BYTES)
-    ControlPage.format(segment)
-    yield ControlPage(segment, lane=LANE_ENGINE)
-    segment.close()
 
 
 def scrape(page: ControlPage, reading: PoolReading) -> Scrape:

@@ -28,13 +28,6 @@ SLACK_S = 2.0  # of a loaded machine
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path / "run")
-    yield place
-    place.close()
-
-
-@pytest.fixture
 def actor(place: Place) -> Iterator[Callable[[], Actor]]:
     """Makes client processes that are connected to the holder."""
     made: list[Actor] = []

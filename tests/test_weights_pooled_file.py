@@ -44,13 +44,6 @@ PooledFile(pool, file, [], label="model", verify=None).wait()
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path / "run")
-    yield place
-    place.close()
-
-
-@pytest.fixture
 def file(tmp_path: Path) -> WeightsFile:
     write_weights(tmp_path / "model.safetensors", TENSORS)
     return open_file(tmp_path / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,10 @@ from ghostserve.clock import monotonic_s, wall_s
 from ghostserve.errors import PoolError
 from ghostserve.weights import hub
 from ghostserve.weights.cache import default_root, models_in
+from ghostserve.weights.places import is_folder
 from ghostserve.weights.pool import Pool
 from ghostserve.weights.pool_types import EntryInfo, EntryState, ImageKind, PoolStats
+from ghostserve.weights.remote_names import checked_url, is_url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,3 +136,17 @@ def known_models(download_dir: Path | None = None) -> tuple[list[Known], PoolSta
         trouble = str(error)
     rows = join(on_disk(download_dir), entries, wall_minus_monotonic_s=wall_s() - monotonic_s())
     return rows, stats, trouble
+
+
+def find(model: str, download_dir: Path | None) -> Known:
+    """The row of a model that is named as the user names it; an empty one if nothing is known of it."""
+    wanted = {model}
+    if is_url(model):
+        wanted = {checked_url(model)}
+    elif is_folder(model):
+        folder = Path(model).expanduser()
+        wanted |= {str(folder), str(folder.resolve())}
+    rows, _, trouble = known_models(download_dir)
+    if trouble is not None:
+        print(f"ghostserve: memory: {trouble}", file=sys.stderr)
+    return next((row for row in rows if row.model in wanted or row.labels & wanted), Known(model=model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ghostserve.cli.models_rm import find
+from ghostserve.cli.models_known import find
 from ghostserve.cli.units import count_text
 from ghostserve.errors import GhostserveError
 from ghostserve.weights.pool import Pool
@@ -13,7 +13,7 @@ from ghostserve.weights.pool import Pool
 
 def run(options: argparse.Namespace) -> int:
     """Run the command that `options` name; raises GhostserveError."""
-    row = find(options.model, options)
+    row = find(options.model, options.download_dir)
     labels = sorted(row.labels) or [row.model]
     pool = Pool.connect(start=False)
     if pool is None or (options.command == "pin" and not row.labels):

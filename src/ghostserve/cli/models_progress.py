@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from ghostserve.cli.units import bytes_text
+from ghostserve.types import Closing
 
 
-class Bar:
+class Bar(Closing):
     """Bytes of `total_bytes`, on standard error; whoever reads standard output gets the result alone."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._bar: Any = None
-        self._begun_with: int | None = None
-        self._done_bytes = 0
+        self._done_bytes: int | None = None  # as told to `at`; None before its first call
 
     def begin(self, total_bytes: int, there_bytes: int) -> None:
         """So much in all, of which so much is done already."""
@@ -45,8 +44,8 @@ class Bar:
 
     def at(self, done_bytes: int, total_bytes: int) -> None:
         """So much is done, for who counts by itself."""
-        if self._begun_with is None:
-            self._begun_with, self._done_bytes = total_bytes, 0
+        if self._done_bytes is None:
+            self._done_bytes = 0
             self.begin(total_bytes, 0)
         self.advance(done_bytes - self._done_bytes)
         self._done_bytes = done_bytes
@@ -56,11 +55,7 @@ class Bar:
         tqdm.write(f"ghostserve: {text}", file=sys.stderr)
         sys.stderr.flush()
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()

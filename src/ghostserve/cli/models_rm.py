@@ -6,15 +6,14 @@ import argparse
 import json
 import shutil
 import sys
-from pathlib import Path
 
-from ghostserve.cli.models_known import Known, OnDisk, known_models
+from ghostserve.cli.models_known import Known, OnDisk, find
 from ghostserve.cli.units import bytes_text
 from ghostserve.errors import GhostserveError, UsageError, WeightsError
 from ghostserve.weights.cache import ModelCache
 from ghostserve.weights.places import is_folder
 from ghostserve.weights.pool import Pool
-from ghostserve.weights.remote_names import checked_url, is_url
+from ghostserve.weights.remote_names import is_url
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     from_memory, from_disk = not options.disk, not options.memory
     if is_folder(options.model) and options.disk:
         raise UsageError(f"{options.model} is a folder of yours, not one of a cache: remove it yourself")
-    row = find(options.model, options)
+    row = find(options.model, options.download_dir)
     disk = row.disk if from_disk else None
     if disk is None and not (from_memory and row.labels):
         where = (
@@ -42,20 +41,6 @@ def run(options: argparse.Namespace) -> int:
     }
     print(json.dumps(answer) if options.json else _sentence(row, disk, freed, in_use))
     return 0
-
-
-def find(model: str, options: argparse.Namespace) -> Known:
-    """The row of a model that is named as the user names it; an empty one if nothing is known of it."""
-    wanted = {model}
-    if is_url(model):
-        wanted = {checked_url(model)}
-    elif is_folder(model):
-        folder = Path(model).expanduser()
-        wanted |= {str(folder), str(folder.resolve())}
-    rows, _, trouble = known_models(getattr(options, "download_dir", None))
-    if trouble is not None:
-        print(f"ghostserve: memory: {trouble}", file=sys.stderr)
-    return next((row for row in rows if row.model in wanted or row.labels & wanted), Known(model=model))
 
 
 def _demand_yes(disk: OnDisk, *, yes: bool) -> None:

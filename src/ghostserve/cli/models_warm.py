@@ -17,13 +17,13 @@ from ghostserve.weights.checksum_file import ChecksumFile
 from ghostserve.weights.model_files import ModelFiles, open_model
 from ghostserve.weights.places import folder_of, is_folder
 from ghostserve.weights.pool import Pool
+from ghostserve.weights.pool_messages import NAME_CHARACTERS_MAX
 from ghostserve.weights.pool_types import EntryState
 from ghostserve.weights.pooled_file import PooledFile, file_key
 from ghostserve.weights.remote_names import is_url
 
 STEP_BYTES = 64 * 2**20
 """How often the bar moves."""
-LABEL_CHARACTERS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
             "nobody holds memory for weights, and nobody could be started: see the line above"
         )
     with Bar(options.model) as bar:
-        warmed = warm(pool, open_model(folder), label=named[-LABEL_CHARACTERS_MAX:], bar=bar)
+        warmed = warm(pool, open_model(folder), label=named[-NAME_CHARACTERS_MAX:], bar=bar)
     if warmed.kept_bytes < warmed.nbytes:
         raise GhostserveError(
             f"{bytes_text(warmed.kept_bytes)} of {bytes_text(warmed.nbytes)} are in memory: there is no room for the rest; give it "

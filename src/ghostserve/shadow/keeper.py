@@ -79,17 +79,8 @@ class Keeper:
         return max(0.0, min(self._guests.values()) - monotonic_s()) if self._guests else None
 
     def _accept(self) -> None:
-        try:
-            peer, _ = self._listener.accept()
-        except OSError as error:  # the peer went away in between, or we are out of descriptors
-            logger.warning("accept: %s", error)
-            sleep_s(0.01)  # out of descriptors the listener stays ready: do not spin
-            return
-        try:
-            peers.require_same_user(peers.peer_credentials(peer), own_uid=os.geteuid())
-        except (OSError, ProtocolError) as error:
-            logger.warning("a peer was refused: %s", error)
-            peer.close()
+        peer = peers.accept(self._listener, own_uid=os.geteuid())
+        if peer is None:
             return
         peer.setblocking(False)
         if len(self._guests) >= GUESTS_MAX:

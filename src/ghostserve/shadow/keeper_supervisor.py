@@ -21,7 +21,6 @@ import sys
 import threading
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 
 import ghostserve
 from ghostserve.arena import handoff, peers
@@ -30,7 +29,7 @@ from ghostserve.arena.memfd import Segment
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import GhostserveError
 from ghostserve.events.kinds import KeeperDied, KeeperGivenUp, KeeperRestarted
-from ghostserve.types import FailureKind
+from ghostserve.types import Closing, FailureKind
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ _REAP_TIMEOUT_S = 5.0
 _PEER_TIMEOUT_S = 0.5  # a rank that connects to the front says hello at once
 
 
-class KeeperSupervisor:
+class KeeperSupervisor(Closing):
     """Owns the arena's segments and the keeper process for as long as it lives.
 
     `address` goes into the environment of every process that is to use the arena (`environment`). `segments`
@@ -65,14 +64,6 @@ class KeeperSupervisor:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="keeper-supervisor", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> KeeperSupervisor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def environment(self) -> dict[str, str]:
         """What a process needs in its environment to find the arena."""
@@ -172,15 +163,12 @@ class KeeperSupervisor:
                 self._hand_out()
 
     def _hand_out(self) -> None:
-        try:
-            peer, _ = self._listener.accept()
-        except OSError as error:
-            logger.warning("accept: %s", error)
+        peer = peers.accept(self._listener, own_uid=os.geteuid())
+        if peer is None:
             return
         with peer:
             try:
                 peer.settimeout(_PEER_TIMEOUT_S)
-                peers.require_same_user(peers.peer_credentials(peer), own_uid=os.geteuid())
                 if handoff.parse_hello(peer.recv(handoff.HELLO_MAX_BYTES)) is not handoff.Role.ENGINE:
                     handoff.send_segments(peer, self.segments)
             except (OSError, GhostserveError) as error:

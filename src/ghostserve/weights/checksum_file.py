@@ -19,7 +19,7 @@ from ghostserve import clock
 from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.model_files import ModelFiles, WeightsFile
-from ghostserve.weights.waiting_lock import taken
+from ghostserve.weights.waiting_lock import try_lock
 from ghostserve.weights.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _locked(folder: Path) -> Iterator[None]:
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline_s = clock.monotonic_s() + LOCK_S
-        while not taken(fd):
+        while not try_lock(fd):
             if clock.monotonic_s() > deadline_s:
                 raise TimeoutError(f"{folder / LOCK} is held by another process")
             clock.sleep_s(LOCK_POLL_S)

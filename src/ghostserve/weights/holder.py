@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import logging
 import logging.handlers
 import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ghostserve.clock import monotonic_s, sleep_s
@@ -27,6 +26,7 @@ from ghostserve.weights import runtime_dir
 from ghostserve.weights.holder_server import HolderServer
 from ghostserve.weights.host_memory import read_host_memory
 from ghostserve.weights.pool_book import PoolBook
+from ghostserve.weights.waiting_lock import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -58,48 +58,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with runtime_dir.opened(directory, make=True) as fd:
             _log_to(directory / runtime_dir.LOG_NAME)
-            lock = _lock(fd)
-            if lock is None:
-                logger.info("there is a holder already")
-                return 0
-            with contextlib.closing(lock):
+            with _lock(fd) as ours:
+                if not ours:
+                    logger.info("there is a holder already")
+                    return 0
                 return _serve(fd, budget_bytes=args.budget, idle_timeout_s=args.idle_timeout)
     except (GhostserveError, OSError) as error:
         logger.error("%s", error)
         return error.exit_code if isinstance(error, GhostserveError) else 1
 
 
-class _Lock:
-    """The lock that says who is the holder; the kernel lets it go when its process ends. Its file stays."""
+@contextlib.contextmanager
+def _lock(directory_fd: int) -> Iterator[bool]:
+    """Be the holder meanwhile; False if somebody else is, and listens.
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def _lock(directory_fd: int) -> _Lock | None:
-    """Become the holder; None if somebody else is, and listens."""
+    The kernel lets the lock go when its process ends. Its file stays, with the process in it.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(runtime_dir.LOCK_NAME, flags, 0o600, dir_fd=directory_fd)
+    try:
+        yield _become_holder(fd, directory_fd)
+    finally:
+        os.close(fd)
+
+
+def _become_holder(lock_fd: int, directory_fd: int) -> bool:
     deadline_s = monotonic_s() + _LOCK_TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            return _Lock(fd)
-        except BlockingIOError:
-            if runtime_dir.answers(directory_fd):
-                os.close(fd)
-                return None
-            if monotonic_s() >= deadline_s:
-                os.close(fd)
-                raise PoolError(
-                    f"another process has {runtime_dir.LOCK_NAME} and does not listen; `ghostserve models stop` ends it"
-                ) from None
-            sleep_s(_LOCK_RETRY_S)
+    while not try_lock(lock_fd):
+        if runtime_dir.answers(directory_fd):
+            return False
+        if monotonic_s() >= deadline_s:
+            raise PoolError(
+                f"another process has {runtime_dir.LOCK_NAME} and does not listen; `ghostserve models stop` ends it"
+            )
+        sleep_s(_LOCK_RETRY_S)
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
+    return True
 
 
 def _serve(directory_fd: int, *, budget_bytes: int | None, idle_timeout_s: float) -> int:

@@ -7,6 +7,7 @@ not read, costs that peer its connection, and so does a message that is none. Wh
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ghostserve.arena import peers
-from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.clock import monotonic_s
 from ghostserve.errors import ProtocolError
 from ghostserve.weights import pool_memory
 from ghostserve.weights import pool_messages as messages
@@ -48,6 +49,10 @@ class _Memory:
     reading_fd: int  # for everybody else
     image: Image
     meta_bytes: int = 0
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self.reading_fd)
 
 
 class HolderServer:
@@ -104,8 +109,7 @@ class HolderServer:
         for client in self._clients.values():
             client.sock.close()
         for memory in self._memory.values():
-            os.close(memory.fd)
-            os.close(memory.reading_fd)
+            memory.close()
         self._clients, self._memory = {}, {}
         self._selector.close()
 
@@ -125,17 +129,8 @@ class HolderServer:
     # -- connections -------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:  # the peer went away in between, or we are out of descriptors
-            logger.warning("accept: %s", error)
-            sleep_s(0.01)  # out of descriptors the listener stays ready: do not spin
-            return
-        try:
-            peers.require_same_user(peers.peer_credentials(sock), own_uid=os.geteuid())
-        except (OSError, ProtocolError) as error:
-            logger.warning("a client was refused: %s", error)
-            sock.close()
+        sock = peers.accept(self._listener, own_uid=os.geteuid())
+        if sock is None:
             return
         if len(self._clients) >= self._clients_max:
             idle = next((one for one in self._clients.values() if not self._book.holds(one.number)), None)
@@ -221,9 +216,7 @@ class HolderServer:
             self._perform(self._book.leave(client.number, free_bytes=self._free_bytes(), now_s=monotonic_s()))
             self._send(client, messages.Refused(why=Refusal.OTHER.value, reason=flaw))
             return
-        self._memory[entry] = _Memory(
-            fd=memory.fd, reading_fd=memory.reading_fd, image=image, meta_bytes=meta_bytes
-        )
+        self._memory[entry] = dataclasses.replace(memory, meta_bytes=meta_bytes)
         self._perform(self._book.publish(client.number, meta_bytes=meta_bytes, now_s=monotonic_s()))
 
     def _asked(self, ask: messages.Ask) -> messages.Answer:
@@ -302,8 +295,7 @@ class HolderServer:
         if action.abandoned:
             with contextlib.suppress(OSError):
                 pool_memory.mark_abandoned(memory.fd, memory.image.nbytes)
-        os.close(memory.fd)
-        os.close(memory.reading_fd)
+        memory.close()
 
     def _send(self, client: _Client, answer: messages.Answer, *, fd: int | None = None) -> None:
         """A peer that does not take its answer is dropped."""

@@ -18,11 +18,11 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.errors import PoolError
+from ghostserve.types import Closing
 from ghostserve.weights import pool_memory, pool_start, runtime_dir
 from ghostserve.weights import pool_messages as messages
 from ghostserve.weights.pool_link import HolderGone, Link, NoAnswer
@@ -45,7 +45,7 @@ class Refused:
     why: Refusal = Refusal.OTHER
 
 
-class _Held:
+class _Held(Closing):
     """Something of one entry, held by a connection of its own. Not thread-safe. Close it, once or more often."""
 
     def __init__(self, link: Link, fd: int, nbytes: int, *, timeout_s: float) -> None:
@@ -67,14 +67,6 @@ class _Held:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Hit(_Held):

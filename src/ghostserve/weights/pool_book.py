@@ -81,7 +81,7 @@ class PoolBook:
         victims = self._room(meta_bytes, free_bytes=None, now_s=now_s)
         if isinstance(victims, Refuse):
             # Its followers would come to the same end: they are refused as well.
-            return [*self._refuse_all(entry, Refusal.IN_USE, victims.reason)]
+            return self._refuse_all(entry, Refusal.IN_USE, victims.reason)
         entry.charged_bytes += meta_bytes
         entry.lease = None
         entry.references = {client, *entry.waiters}

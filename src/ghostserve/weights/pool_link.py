@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import weakref
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from ghostserve.arena import peers
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import PoolError, ProtocolError
+from ghostserve.types import Closing
 from ghostserve.weights import pool_messages as messages
 from ghostserve.weights import runtime_dir
 
@@ -23,7 +22,7 @@ class NoAnswer(PoolError):
     """Not in time; it may still come."""
 
 
-class Link:
+class Link(Closing):
     """A greeted connection. What it holds in the pool ends with it, at the latest when this process does.
 
     A child that is forked does not keep it: it is closed there.
@@ -91,14 +90,6 @@ class Link:
     def close(self) -> None:
         """May be called again."""
         self._sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 _links: weakref.WeakSet[Link] = weakref.WeakSet()

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeVar
 
 from ghostserve.errors import ProtocolError
@@ -222,7 +223,7 @@ def page_of(entries: Iterable[EntryInfo]) -> Entries:
     for entry in entries:
         if length > _PAGE_BYTES:
             return Entries(entries=page, more=True)
-        fields = dataclasses.asdict(entry) | {"kind": entry.kind.value, "state": entry.state.value}
+        fields = _plain(dataclasses.asdict(entry))
         length += len(json.dumps(fields))
         page.append(fields)
     return Entries(entries=page, more=False)
@@ -240,20 +241,7 @@ def entries_of(page: Entries) -> list[EntryInfo]:
 
 
 def numbers_of(stats: PoolStats) -> Numbers:
-    plain = {
-        field.name: getattr(stats, field.name)
-        for field in dataclasses.fields(stats)
-        if field.name not in ("bytes", "entries", "counts", "refusals")
-    }
-    return Numbers(
-        status={
-            **plain,
-            "bytes": {kind.value: value for kind, value in stats.bytes.items()},
-            "entries": {kind.value: value for kind, value in stats.entries.items()},
-            "counts": {kind.value: dataclasses.asdict(counts) for kind, counts in stats.counts.items()},
-            "refusals": {why.value: value for why, value in stats.refusals.items()},
-        }
-    )
+    return Numbers(status=_plain(dataclasses.asdict(stats)))
 
 
 def stats_of(numbers: Numbers) -> PoolStats:
@@ -269,3 +257,12 @@ def stats_of(numbers: Numbers) -> PoolStats:
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ProtocolError(f"no numbers: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Enums as their values, keys included."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {_plain(name): _plain(one) for name, one in value.items()}
+    return value

@@ -44,14 +44,11 @@ def launch(directory: Path, *, budget_bytes: int | None, idle_timeout_s: float |
         )
     except OSError as error:
         raise PoolError(f"the holder of the weights' pool cannot be started: {error}") from error
-    try:
-        status = launcher.wait(_LAUNCH_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+    if not _ends(launcher.pid, timeout_s=_LAUNCH_TIMEOUT_S):
         launcher.kill()
         launcher.wait()
-        raise PoolError(
-            f"the holder of the weights' pool did not start within {_LAUNCH_TIMEOUT_S:g} s"
-        ) from None
+        raise PoolError(f"the holder of the weights' pool did not start within {_LAUNCH_TIMEOUT_S:g} s")
+    status = launcher.wait()
     if status != 0:
         raise PoolError(
             f"the holder of the weights' pool did not start (status {status}): see {directory / runtime_dir.LOG_NAME}"
@@ -91,6 +88,17 @@ def stop_holder(directory: Path | None = None, *, timeout_s: float = 5.0) -> boo
             raise PoolError(f"the holder, process {text}, does not end")
         finally:
             os.close(pidfd)
+
+
+def _ends(pid: int, *, timeout_s: float) -> bool:
+    """Wait for a child; seen at once, where `Popen.wait` with a bound looks every 50 ms: a load waits meanwhile."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+    finally:
+        os.close(pidfd)
 
 
 def _locked(fd: int) -> bool:

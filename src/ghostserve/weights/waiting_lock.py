@@ -31,10 +31,10 @@ def locked(
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not taken(descriptor):
+        if not try_lock(descriptor):
             on_wait(f"another process is fetching {what}: waiting for it")
             seen, deadline_s = sign_of_life(), monotonic_s() + no_progress_s
-            while not taken(descriptor):
+            while not try_lock(descriptor):
                 there, now_s = sign_of_life(), monotonic_s()
                 if there != seen:
                     seen, deadline_s = there, now_s + no_progress_s
@@ -49,8 +49,8 @@ def locked(
         os.close(descriptor)
 
 
-def taken(descriptor: int) -> bool:
-    """Whether the lock is ours now; waits for nobody."""
+def try_lock(descriptor: int) -> bool:
+    """Take the lock of an open file for as long as that is open; False if another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

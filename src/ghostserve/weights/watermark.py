@@ -6,17 +6,17 @@ Everything before it is as it will stay. Nobody asks the holder: while it is gon
 from __future__ import annotations
 
 import mmap
-from types import TracebackType
 
 from ghostserve.arena.records import fence
 from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.types import Closing
 from ghostserve.weights.pool_layout import ABANDONED_AT, READY_AT, data_end
 from ghostserve.weights.pool_memory import check_trailer
 
 _POLL_S = 0.0005  # a 4 MiB chunk takes a disk some milliseconds
 
 
-class Watermark:
+class Watermark(Closing):
     """Of the entry with memory `fd` and `nbytes`; PoolError if it is none. Not for several threads that advance it.
 
     `writable` for the filler, who must `close` before publishing: memory mapped for writing cannot be sealed.
@@ -75,11 +75,3 @@ class Watermark:
         """Unmap. May be called again."""
         self._words.release()
         self._map.close()
-
-    def __enter__(self) -> Watermark:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
