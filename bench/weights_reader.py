@@ -9,12 +9,10 @@ page cache is dropped, and mincore has to say so. The functions here serve other
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import os
 import random
 import statistics
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import results
-from servers import say
+import script
+from script import say
 
 from ghostserve import clock
-from ghostserve.errors import CheckFailed, GhostserveError
+from ghostserve.errors import CheckFailed
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.ranges import CHUNK_BYTES, DEPTH, Range
 from ghostserve.weights.reader import read_ranges
@@ -228,15 +227,12 @@ def markdown(found: Sequence[dict[str, Sample]], table: list[list[str]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, or the error's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the file (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     parser.add_argument(
         "--folder", type=Path, help="where the file is made (default: the system's for temporary files)"
     )
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     about = results.facts()
     with tempfile.TemporaryDirectory(prefix="ghostserve-bench-", dir=arguments.folder) as folder:
@@ -256,17 +252,9 @@ def main(argv: Sequence[str]) -> int:
         "cost": {kind: cost(found, kind) for kind in ("cold", "warm")},
         "direct_reads_gb_per_s": speeds,
     }
-    for written in results.write(
-        "weights-reader", about=about, document=document, markdown=text, directory=arguments.out
-    ):
-        say(f"written: {written}")
-    print(text)
+    script.publish("weights-reader", about=about, document=document, markdown=text, directory=arguments.out)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except GhostserveError as error:
-        say(f"bench/weights_reader.py: {error}")
-        sys.exit(error.exit_code)
+    script.run(main)
