@@ -9,15 +9,14 @@ what has grown. Exit status 1 if there is a violation, or too little of somethin
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import results
+import script
 
 FAULTS_MIN, OF_EACH_KIND_MIN = 200, 10
 SUMS = ("requests", "requests_left_by_their_client", "requests_failed", "tokens", "tokens_lost", "tokens_duplicated",
@@ -95,9 +94,8 @@ def markdown(summed: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Read the runs and write the results file."""
-    parser = argparse.ArgumentParser(description="Write the results file of chaos runs.")
+    parser = script.new_parser("Write the results file of chaos runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="what 'ghostserve chaos --json' printed")
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     parser.add_argument("--note", default="", help="a paragraph about these runs")
     options = parser.parse_args(argv)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.runs]
@@ -109,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
         markdown=f"{markdown(summed, runs)}\n\n{options.note}",
         directory=options.out,
     )
-    for path in written:
+    for path in written.paths:
         print(path)
     for text in shortfalls(summed):
         print(f"too few: {text}")
@@ -117,4 +115,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    script.run(main)

@@ -9,13 +9,11 @@ gloo   torch.distributed, which vLLM takes where its own shared-memory collectiv
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
 import signal
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import results
+import script
 import torch
 import torch.distributed as dist
 from estimates import Spread, spread_of
-from servers import say
+from script import say
 
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.engine import communicator
@@ -243,14 +242,11 @@ def markdown(fast: Sequence[Speed], left: Sequence[Leaving]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that it works")
     parser.add_argument("--rounds", type=int, help="of the sums; default 9; 3 with --quick")
     parser.add_argument("--trials", type=int, help="losses of each kind; default 20; 2 with --quick")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     about = results.facts()
     fast = speeds(arguments.rounds or (3 if arguments.quick else 9), arguments.seed)
@@ -258,11 +254,9 @@ def main(argv: Sequence[str]) -> int:
     text = markdown(fast, left)
     document = {"speeds": [asdict(entry) for entry in fast], "leaving": [asdict(entry) for entry in left]}
     name = "collectives-quick" if arguments.quick else "collectives"
-    for path in results.write(name, about=about, document=document, markdown=text, directory=arguments.out):
-        say(f"written: {path}")
-    print(text)
+    script.publish(name, about=about, document=document, markdown=text, directory=arguments.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    script.run(main)

@@ -19,12 +19,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import results
+import script
 from estimates import nearest_rank, spread_of
-from servers import MODEL_NAME, OURS_ON, Servers, kv_bytes_per_token, say, shipped_prompts
+from script import say
+from servers import MODEL_NAME, OURS_ON, Servers, kv_bytes_per_token, shipped_prompts
 
 from ghostserve.clock import monotonic_s, sleep_s
 from ghostserve.testing.client import StreamResult, stream_completion
@@ -233,14 +234,11 @@ def markdown(samples: Sequence[Sample], soak: Soak | None) -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one loss of each kind: shows that it works")
     parser.add_argument("--rounds", type=int, default=20, help="losses of each kind (default 20)")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak; 0: none (default 10)")
     parser.add_argument("--seed", type=int, default=1, help="of the order")
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     return parser.parse_args(argv)
 
 
@@ -261,9 +259,7 @@ def main(argv: Sequence[str]) -> int:
     }
     text = markdown(samples, soak)
     name = "detection-quick" if arguments.quick else "detection"
-    for path in results.write(name, about=about, document=document, markdown=text, directory=arguments.out):
-        say(f"written: {path}")
-    print(text)
+    script.publish(name, about=about, document=document, markdown=text, directory=arguments.out)
     wrong = [sample.kind for sample in samples if not sample.identical]
     if wrong or (soak is not None and (soak.changed or soak.recoveries)):
         say(f"ERROR: changed streams {json.dumps(wrong)}, or a false alarm in the soak")
@@ -272,4 +268,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    script.run(main)

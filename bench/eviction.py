@@ -8,12 +8,10 @@ what counts: each load that misses costs its model's. No load is ever refused me
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import heapq
 import itertools
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import results
+import script
 from eviction_trace import KEEP_ALIVE_S, SIZES_GB, Load, Model, make
 
 from ghostserve.weights.eviction import Candidate, choose_victims
@@ -210,12 +209,9 @@ def markdown(
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--trace", type=Path, required=True, help="servegen_deepseek-r1.tar.gz")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     about = results.facts()
     samples: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -232,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
                 every.append(
                     {"seed": seed, "scenario": scenario, "column": column, "policy": name, **figures}
                 )
-        print(f"[{seed + 1}/{arguments.seeds}]", file=sys.stderr, flush=True)
+        script.say(f"[{seed + 1}/{arguments.seeds}]")
     document = {
         "trace_sha256": hashlib.sha256(arguments.trace.read_bytes()).hexdigest(),
         "seeds": arguments.seeds,
@@ -241,13 +237,9 @@ def main(argv: Sequence[str]) -> int:
         "samples": every,
     }
     text = markdown(document, samples)
-    for path in results.write(
-        "eviction", about=about, document=document, markdown=text, directory=arguments.out
-    ):
-        print(f"written: {path}", file=sys.stderr)
-    print(text)
+    script.publish("eviction", about=about, document=document, markdown=text, directory=arguments.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    script.run(main)

@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import psutil
 import results
-from servers import MODEL_NAME, OURS_ON, Servers, say, shipped_prompts
+import script
+from script import say
+from servers import MODEL_NAME, OURS_ON, Servers, shipped_prompts
 from streams import rate_of, run_streams
 
 from ghostserve.clock import monotonic_s
-from ghostserve.errors import GhostserveError
 from ghostserve.testing.server import ServerProcess
 
 STREAMS, TOKENS = 8, 256
@@ -94,12 +93,9 @@ def markdown(samples: Sequence[Sample]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, or the error's."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 3], metavar="M")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     about, samples = results.facts(), []
     for shards in arguments.shards:
@@ -112,17 +108,9 @@ def main(argv: Sequence[str]) -> int:
                 say(f"{shards} parity shards, round {number}: {sample.keeper_percent:.1f} % of a CPU")
     text = markdown(samples)
     document = {"samples": [asdict(sample) for sample in samples]}
-    for path in results.write(
-        "keeper", about=about, document=document, markdown=text, directory=arguments.out
-    ):
-        say(f"written: {path}")
-    print(text)
+    script.publish("keeper", about=about, document=document, markdown=text, directory=arguments.out)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except GhostserveError as error:
-        say(f"bench/keeper.py: {error}")
-        sys.exit(error.exit_code)
+    script.run(main)

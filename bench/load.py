@@ -5,31 +5,30 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import results
+import script
 from load_picture import draw
-from servers import say
+from script import say
 
 from ghostserve.cli.bench_load import REPETITIONS, SIZE_GB, measure
 from ghostserve.cli.bench_load_model import Shape
 from ghostserve.cli.bench_load_plan import plan_cells
 from ghostserve.cli.bench_load_report import HEADER, Report, groups, table_rows
-from ghostserve.errors import GhostserveError
 
 
-def markdown(report: Report, picture: str) -> str:
+def markdown(report: Report) -> str:
     """Tables by kind of work, the targets, and what the columns mean."""
     ceiling = report.ceiling_gb_per_s
     parts = [
         f"{report.model_bytes / 1e9:.2f} GB of bfloat16 in {report.files} files. The disk gives {ceiling.text()} GB/s: direct reads of the "
         f"same files, {report.depth} in flight, one just before each cold load. Medians, and the range over {report.rounds} rounds of shuffled "
         "order; a new process for each load.",
-        f"![Seconds of each load]({picture})",
+        f"![Seconds of each load]({results.PICTURE})",
     ]
     for group, rows in groups(report.rows).items():
         parts.append(results.table((group, *HEADER[1:]), table_rows(rows)))
@@ -52,15 +51,12 @@ def markdown(report: Report, picture: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, or the error's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round")
     parser.add_argument("--size", type=float, default=SIZE_GB, metavar="GB")
     parser.add_argument("--rounds", type=int, default=REPETITIONS)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round that would end later")
     parser.add_argument("--directory", type=Path, default=Path.cwd(), help="on the disk that is measured")
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     about = results.facts()
     report = measure(
@@ -71,24 +67,16 @@ def main(argv: Sequence[str]) -> int:
         on_progress=say,
         time_max_s=60 * arguments.minutes,
     )
-    name = "load-quick" if arguments.quick else "load"
-    taken = {path.stem for path in arguments.out.glob("*")}
-    stem = results.unused_stem(f"{name}-{about['date'][:10]}", taken)  # as results.write does
-    text = markdown(report, f"{stem}.svg")
-    written = results.write(
-        name, about=about, document=report.to_dict(), markdown=text, directory=arguments.out
+    script.publish(
+        "load-quick" if arguments.quick else "load",
+        about=about,
+        document=report.to_dict(),
+        markdown=markdown(report),
+        directory=arguments.out,
+        draw=functools.partial(draw, report),
     )
-    picture = written[0].with_suffix(".svg")
-    draw(report, picture)
-    for path in (*written, picture):
-        say(f"written: {path}")
-    print(text)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except GhostserveError as error:
-        say(f"bench/load.py: {error}")
-        sys.exit(error.exit_code)
+    script.run(main)

@@ -12,7 +12,6 @@ The outage is what the client sees: from the last token before the kill to the f
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -25,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import results
+import script
 from estimates import estimate_median, nearest_rank, spread_of
-from servers import MODEL_DIR, MODEL_NAME, OURS_ON, STOCK, Servers, kv_bytes_per_token, say, shipped_prompts
+from script import say
+from servers import MODEL_DIR, MODEL_NAME, OURS_ON, STOCK, Servers, kv_bytes_per_token, shipped_prompts
 
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.errors import CheckFailed, GhostserveError
+from ghostserve.errors import CheckFailed
 from ghostserve.testing.client import StreamResult, stream_completion
 from ghostserve.testing.server import ServerProcess
 
@@ -311,9 +312,7 @@ def prompt_of(tokens: int) -> tuple[int, ...]:
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Plan, str, Path]:
     """The plan, the name and the directory of the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one kill each: shows that it works")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 4096, 16384], metavar="TOKENS")
     parser.add_argument(
@@ -325,7 +324,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Plan, str, Path]:
     parser.add_argument("--recomputes", type=int, default=5, help="kills per context, recomputed (default 5)")
     parser.add_argument("--restarts", type=int, default=3, help="kills per context, stock (default 3)")
     parser.add_argument("--seed", type=int, default=1, help="of the order in the rounds and of the bootstrap")
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     counts = (arguments.rounds, arguments.recomputes, arguments.restarts)
     counts = (1, 1, 1) if arguments.quick else counts
@@ -351,9 +349,7 @@ def main(argv: Sequence[str]) -> int:
         "samples": [asdict(sample) for sample in bench.samples],
     }
     text = markdown(rows)
-    for path in results.write(name, about=about, document=document, markdown=text, directory=directory):
-        say(f"written: {path}")
-    print(text)
+    script.publish(name, about=about, document=document, markdown=text, directory=directory)
     changed = [sample for sample in bench.samples if not sample.identical and sample.method != "restart"]
     if changed:
         say(f"ERROR: {len(changed)} repaired streams differ: {json.dumps([s.method for s in changed])}")
@@ -362,8 +358,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except GhostserveError as error:
-        say(f"bench/outage.py: {error}")
-        sys.exit(error.exit_code)
+    script.run(main)

@@ -12,7 +12,6 @@ f  stock vLLM, a second server             vLLM's collectives    f / d  what two
 
 from __future__ import annotations
 
-import argparse
 import random
 import signal
 import statistics
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import results
+import script
 from estimates import Estimate, estimate_median, judge_cost
+from script import say
 from servers import (
     MODEL_NAME,
     OURS_ASYNC,
@@ -36,7 +37,6 @@ from servers import (
     Variant,
     cpu_s,
     pause,
-    say,
     shipped_prompts,
 )
 from streams import Rate, TimedStream, rate_of, run_streams
@@ -317,9 +317,7 @@ class Bench:
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Plan, str, Path]:
     """The plan, the name and the directory of the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="few rounds: shows that it works, resolves nothing"
     )
@@ -329,7 +327,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Plan, str, Path]:
         "--tokens-each", type=int, default=400, help="tokens of each of 8 streams (default 400)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the order in the rounds and of the bootstrap")
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     plan = Plan(
         rounds=arguments.rounds or (3 if arguments.quick else 7),
@@ -359,9 +356,7 @@ def main(argv: Sequence[str]) -> int:
         **summary,
         "samples": [asdict(sample) for sample in bench.samples],
     }
-    for path in results.write(name, about=about, document=document, markdown=text, directory=directory):
-        say(f"written: {path}")
-    print(text)
+    script.publish(name, about=about, document=document, markdown=text, directory=directory)
     if not bench.answers_identical:
         say("ERROR: the servers did not all give the same answer to the same request")
         return 1
@@ -369,8 +364,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except GhostserveError as error:
-        say(f"bench/overhead.py: {error}")
-        sys.exit(error.exit_code)
+    script.run(main)

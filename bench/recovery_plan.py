@@ -9,16 +9,14 @@ some 32k tokens); rebuilding costs `ratio` per token, in whole blocks.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import results
+import script
 
 from ghostserve.recovery.plan import Context, plan
 from ghostserve.testing.chaos_load import TRACES, sample_quantiles, trace_lengths
@@ -138,26 +136,19 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, or 1 if a plan is slower than either way alone."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--loads", type=int, default=300, help="loads per row (default 300)")
     parser.add_argument("--requests", type=int, default=8, help="requests per load (default 8)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     about, rng = results.facts(), random.Random(arguments.seed)
     loads = [draw(rng, arguments.requests) for _ in range(arguments.loads)]
     rows = [measure(ratio, loads) for ratio in RATIOS]
     text = markdown(rows)
     document = {"half_at": HALF_AT, "block_tokens": BLOCK_TOKENS, "rows": [asdict(row) for row in rows]}
-    for path in results.write(
-        "recovery-plan", about=about, document=document, markdown=text, directory=arguments.out
-    ):
-        print(f"written: {path}", file=sys.stderr)
-    print(text)
+    script.publish("recovery-plan", about=about, document=document, markdown=text, directory=arguments.out)
     return int(any(row.plan > min(1.0, row.recompute_all) + 1e-9 for row in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    script.run(main)

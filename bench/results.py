@@ -1,4 +1,4 @@
-"""Result files: `bench/results/NAME-DATE.json` with every sample, and a Markdown table beside it.
+"""Result files: `bench/results/NAME-DATE.json` with every sample, a Markdown table beside it, and a picture where there is one.
 
 Both say on what they were measured. Neither names the host, its user or its directories.
 """
@@ -11,7 +11,8 @@ import platform
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ghostserve.clock import wall_s
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS_DIR = REPOSITORY / "bench" / "results"
 CPU_FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "amx_tile", "gfni", "asimd", "sve")
+PICTURE = "PICTURE.svg"
 _NAME_LENGTH_MIN = 4  # a host called "a" is in every text
 
 
@@ -103,20 +105,42 @@ def facts_lines(about: Mapping[str, Any]) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written, and the tables with the picture's name."""
+
+    paths: list[Path]
+    markdown: str
+
+
 def write(
-    name: str, *, about: Mapping[str, Any], document: Mapping[str, Any], markdown: str, directory: Path
-) -> list[Path]:
-    """Write both files and return their paths. A second run of a day gets a number; nothing is overwritten."""
+    name: str,
+    *,
+    about: Mapping[str, Any],
+    document: Mapping[str, Any],
+    markdown: str,
+    directory: Path,
+    draw: Callable[[Path], None] | None = None,
+) -> Written:
+    """Write both files, and a picture where one is drawn; its name comes where PICTURE stands in the Markdown.
+
+    A second run of a day gets a number; nothing is overwritten.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     stem = unused_stem(f"{name}-{about['date'][:10]}", {path.stem for path in directory.iterdir()})
     names = _local_names()
+    markdown = markdown.replace(PICTURE, f"{stem}.svg")
     written = {
         ".json": json.dumps({"facts": about, **document}, indent=1) + "\n",
         ".md": f"# {name}\n\n{facts_lines(about)}\n\n{markdown.strip()}\n",
     }
-    for suffix, text in written.items():
-        (directory / (stem + suffix)).write_text(redact(text, names), encoding="utf-8")
-    return [directory / (stem + suffix) for suffix in written]
+    paths = [directory / (stem + suffix) for suffix in written]
+    for path, text in zip(paths, written.values(), strict=True):
+        path.write_text(redact(text, names), encoding="utf-8")
+    if draw is not None:
+        paths.append(directory / f"{stem}.svg")
+        draw(paths[-1])
+    return Written(paths=paths, markdown=markdown)
 
 
 def unused_stem(stem: str, taken: set[str]) -> str:

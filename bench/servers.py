@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 
 import psutil
+from script import say
 
 import ghostserve
 from ghostserve.testing.server import ServerProcess, ghostserve_command, stock_command
@@ -100,11 +100,6 @@ def bind_cpus() -> str:
     """One CPU per rank, in vLLM's notation."""
     cpus = sorted(os.sched_getaffinity(0))
     return "|".join(str(cpus[rank % len(cpus)]) for rank in range(TENSOR_PARALLEL))
-
-
-def say(text: str) -> None:
-    """Progress, for people."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _mapped_segments(server: ServerProcess) -> set[Path]:

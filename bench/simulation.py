@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import results
+import script
 
 from ghostserve.testing.simulation.report import Totals, simulate
 
@@ -33,31 +31,24 @@ def markdown(totals: Totals, *, jobs: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, or 1 if an invariant was violated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     about = results.facts()
     totals = simulate(
         first_seed=arguments.first_seed,
         seeds=arguments.seeds,
         jobs=arguments.jobs,
-        on_progress=lambda done, of, violated: print(
-            f"[{done}/{of}] {violated} violations", file=sys.stderr, flush=True
-        ),
+        on_progress=lambda done, of, violated: script.say(f"[{done}/{of}] {violated} violations"),
     )
     text = markdown(totals, jobs=arguments.jobs)
-    for path in results.write(
+    script.publish(
         "simulation", about=about, document=totals.to_dict(), markdown=text, directory=arguments.out
-    ):
-        print(f"written: {path}", file=sys.stderr)
-    print(text)
+    )
     return 1 if totals.violated else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    script.run(main)

@@ -4,36 +4,34 @@
 
 The disk's ceiling is direct reads into memory that is there already; the reader fills memory that is new, as a load does.
 Everything is measured in turn, round by round, so that what else happens on the machine meets all of it. Before a cold read the
-page cache is dropped, and mincore has to say so. The functions here serve other benches, too.
+page cache is dropped, and mincore has to say so.
 """
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import os
 import random
 import statistics
-import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import results
-from servers import say
+import script
+from script import say
 
 from ghostserve import clock
-from ghostserve.errors import CheckFailed, GhostserveError
+from ghostserve.cli.bench_load_cache import drop, fill
+from ghostserve.cli.bench_load_ceiling import Depth, direct_reads
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.ranges import CHUNK_BYTES, DEPTH, Range
 from ghostserve.weights.reader import read_ranges
-from ghostserve.weights.source import cached_bytes
 
 MIB = 1 << 20
-WARM_SHARE = 0.999  # the kernel may take a page back at any time
+AS_READER = Depth(in_flight=DEPTH, chunk_bytes=CHUNK_BYTES)
 CHUNKS_MIB, DEPTHS = (1, 4, 8, 16), (1, 2, 4, 8)
 
 
@@ -68,59 +66,10 @@ def make_file(path: Path, nbytes: int, *, seed: int = 0) -> None:
         os.fsync(file.fileno())
 
 
-def make_cold(path: Path) -> None:
-    """Out of the page cache. CheckFailed if it is not."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-    if left := cached_bytes(path):
-        raise CheckFailed(f"{path}: {left} bytes are still in the page cache; stop what reads it")
-
-
-def make_warm(path: Path) -> None:
-    """Into the page cache. CheckFailed if it does not stay there."""
-    buffer, nbytes = memoryview(bytearray(16 * MIB)), path.stat().st_size
-    for _ in range(3):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-        if (there := cached_bytes(path)) >= WARM_SHARE * nbytes:
-            return
-    raise CheckFailed(f"{path}: only {there} of {nbytes} bytes stay in the page cache; free some memory")
-
-
-def ceiling(path: Path, *, chunk_bytes: int = CHUNK_BYTES, depth: int = DEPTH) -> Sample:
-    """Direct reads by `depth` threads into a buffer each, used over and over: what the disk gives."""
-    nbytes = path.stat().st_size // mmap.PAGESIZE * mmap.PAGESIZE
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    buffers = [mmap.mmap(-1, chunk_bytes) for _ in range(depth)]
-    for buffer in buffers:
-        buffer.write(bytes(chunk_bytes))
-    offsets, lock = iter(range(0, nbytes, chunk_bytes)), threading.Lock()
-
-    def work(buffer: mmap.mmap) -> None:
-        view = memoryview(buffer)
-        while True:
-            with lock:
-                at = next(offsets, None)
-            if at is None:
-                return
-            os.preadv(fd, [view[: nbytes - at]], at)
-
-    def run() -> None:
-        threads = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    try:
-        return timed(nbytes, run)
-    finally:
-        os.close(fd)
+def ceiling(path: Path, depth: Depth) -> Sample:
+    """Direct reads into buffers that are used over and over: what the disk gives."""
+    with direct_reads([path], depth) as read:
+        return timed(path.stat().st_size, read)
 
 
 def load(path: Path, *, verify: Checksums | None = None, direct: bool | None = None) -> Sample:
@@ -147,11 +96,11 @@ def rounds_of(path: Path, rounds: int) -> Iterator[tuple[int, dict[str, Sample]]
     sums = known_checksums(path)
     for number in range(rounds):
         found: dict[str, Sample] = {}
-        make_cold(path)
-        found["disk"] = ceiling(path)
+        drop([path])
+        found["disk"] = ceiling(path, AS_READER)
         for kind in ("cold", "warm"):
             for checked in (False, True) if number % 2 else (True, False):
-                (make_cold if kind == "cold" else make_warm)(path)
+                (drop if kind == "cold" else fill)([path])
                 name = f"{kind}, {'checked' if checked else 'unchecked'}"
                 found[name] = load(path, verify=sums if checked else None)
         yield number, found
@@ -187,7 +136,7 @@ def reads_table(path: Path) -> tuple[list[list[str]], dict[str, float]]:
     for _ in range(2):
         for size in CHUNKS_MIB:
             for depth in DEPTHS:
-                speed = ceiling(path, chunk_bytes=size * MIB, depth=depth).gb_per_s
+                speed = ceiling(path, Depth(in_flight=depth, chunk_bytes=size * MIB)).gb_per_s
                 found[f"{size} MiB x {depth}"] = max(speed, found.get(f"{size} MiB x {depth}", 0.0))
     rows = [
         [f"{size} MiB", *(f"{found[f'{size} MiB x {depth}']:.2f}" for depth in DEPTHS)] for size in CHUNKS_MIB
@@ -228,15 +177,12 @@ def markdown(found: Sequence[dict[str, Sample]], table: list[list[str]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, or the error's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.new_parser(__doc__)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the file (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     parser.add_argument(
         "--folder", type=Path, help="where the file is made (default: the system's for temporary files)"
     )
-    parser.add_argument("--out", type=Path, default=results.RESULTS_DIR, help="directory of the results")
     arguments = parser.parse_args(argv)
     about = results.facts()
     with tempfile.TemporaryDirectory(prefix="ghostserve-bench-", dir=arguments.folder) as folder:
@@ -256,17 +202,9 @@ def main(argv: Sequence[str]) -> int:
         "cost": {kind: cost(found, kind) for kind in ("cold", "warm")},
         "direct_reads_gb_per_s": speeds,
     }
-    for written in results.write(
-        "weights-reader", about=about, document=document, markdown=text, directory=arguments.out
-    ):
-        say(f"written: {written}")
-    print(text)
+    script.publish("weights-reader", about=about, document=document, markdown=text, directory=arguments.out)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except GhostserveError as error:
-        say(f"bench/weights_reader.py: {error}")
-        sys.exit(error.exit_code)
+    script.run(main)

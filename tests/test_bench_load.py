@@ -114,7 +114,9 @@ def test_a_full_disk_is_named_before_anything_is_written(
 
 def test_the_page_cache_is_emptied_and_filled(files: list[Path]) -> None:
     bench_load_cache.fill(files)
-    assert all(bench_load_cache.resident_pages(file) for file in files)
+    assert [bench_load_cache.resident_pages(file) for file in files] == [
+        -(-file.stat().st_size // mmap.PAGESIZE) for file in files
+    ]
     bench_load_cache.drop(files)
     assert not any(bench_load_cache.resident_pages(file) for file in files)
     files[0].read_bytes()

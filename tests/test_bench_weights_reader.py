@@ -1,35 +1,36 @@
-"""The bench of the reader: that cold means cold, that the cost is that of pairs, and that it runs."""
+"""The bench of the reader: that what is cold or warm is so when it is read, that the cost is that of pairs, and that it runs."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import weights_reader
-from weights_reader import Sample, cost, make_cold, make_file, make_warm
+from weights_reader import Sample, cost, make_file, rounds_of
 
-from ghostserve.errors import CheckFailed
-from ghostserve.weights.source import cached_bytes
+from ghostserve.cli.bench_load_cache import PAGE_BYTES, resident_pages
 
 
-def test_cold_is_cold_and_warm_is_warm(tmp_path: Path) -> None:
-    path = tmp_path / "x"
+def test_what_is_cold_or_warm_is_so_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cached = tmp_path / "x", list[int]()
     make_file(path, 3_000_001)
-    make_warm(path)
-    assert cached_bytes(path) >= 0.999 * 3_000_001
-    make_cold(path)
-    assert cached_bytes(path) == 0
 
+    def look(path: Path, *_: object, **__: object) -> Sample:
+        cached.append(resident_pages(path))
+        return Sample(wall_s=1.0, cpu_s=1.0, nbytes=3_000_001)
 
-def test_what_does_not_leave_the_page_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x"
-    make_file(path, 100_000)
-    make_warm(path)
-    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
-    with pytest.raises(CheckFailed, match="still in the page cache"):
-        make_cold(path)
+    monkeypatch.setattr(weights_reader, "ceiling", look)
+    monkeypatch.setattr(weights_reader, "load", look)
+    ((_, found),) = rounds_of(path, 1)
+    whole = -(-3_000_001 // PAGE_BYTES)
+    assert dict(zip(found, cached, strict=True)) == {
+        "disk": 0,
+        "cold, checked": 0,
+        "cold, unchecked": 0,
+        "warm, checked": whole,
+        "warm, unchecked": whole,
+    }
 
 
 def test_the_cost_is_the_median_of_pairs() -> None:

@@ -56,7 +56,7 @@ def fill(paths: Sequence[Path]) -> None:
     lost = ", ".join(f"{pages} of {name}" for name, pages in missing.items())
     raise CheckFailed(
         f"the page cache lets go of pages as soon as they were read ({lost}): a warm load cannot be measured. "
-        "Free some memory, or give a smaller --size"
+        "Free some memory, or have less measured"
     )
 
 

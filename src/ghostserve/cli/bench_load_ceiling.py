@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,15 @@ DEPTHS = tuple(
 
 def read_s(paths: Sequence[Path], depth: Depth) -> float:
     """Seconds until every byte of the files was read once, directly. OSError where the file system has no direct reads."""
+    with direct_reads(paths, depth) as read:
+        began_s = monotonic_s()
+        read()
+        return monotonic_s() - began_s
+
+
+@contextmanager
+def direct_reads(paths: Sequence[Path], depth: Depth) -> Iterator[Callable[[], None]]:
+    """A function that reads every byte of the files once; what it needs is there before it is called."""
     files = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
     try:
         sizes = [os.fstat(file).st_size for file in files]
@@ -49,18 +59,21 @@ def read_s(paths: Sequence[Path], depth: Depth) -> float:
         buffers = [mmap.mmap(-1, depth.chunk_bytes, flags=mmap.MAP_PRIVATE) for _ in range(depth.in_flight)]
         for buffer in buffers:
             buffer.write(bytes(depth.chunk_bytes))  # faulted in, before the clock runs
-        todo = iter(chunks)  # shared: next() holds the interpreter's lock
-
-        def worker(buffer: mmap.mmap) -> int:
-            return sum(os.preadv(file, [buffer], place) for file, place in todo)
-
         with ThreadPoolExecutor(depth.in_flight) as threads:
-            began_s = monotonic_s()
-            done = sum(threads.map(worker, buffers))
-            took_s = monotonic_s() - began_s
-        if done != sum(sizes):
-            raise CheckFailed(f"direct reads returned {done} of {sum(sizes)} bytes: did a file change?")
-        return took_s
+
+            def read() -> None:
+                todo = iter(chunks)  # shared: next() holds the interpreter's lock
+
+                def worker(buffer: mmap.mmap) -> int:
+                    return sum(os.preadv(file, [buffer], place) for file, place in todo)
+
+                done = sum(threads.map(worker, buffers))
+                if done != sum(sizes):
+                    raise CheckFailed(
+                        f"direct reads returned {done} of {sum(sizes)} bytes: did a file change?"
+                    )
+
+            yield read
     finally:
         for file in files:
             os.close(file)

@@ -8,11 +8,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from ghostserve.config import CONFIG_ENV
-
-LOAD_FORMAT = "ghostserve"
+from ghostserve.engine.load_format import LOAD_FORMAT
 
 
 class State(Enum):
@@ -31,7 +29,6 @@ class Loader:
     load_format: str = "safetensors"
     reader: str = ""  # without a model; "" where there is no such thing
     strategy: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     package: str = ""  # what has to be installed for it
     pool: bool = False

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ghostserve.cli.bench_load_plan import Cell, State
+from ghostserve.cli.bench_load_plan import VLLM, Cell, State
 from ghostserve.cli.bench_load_run import Sample
 
 Samples = Mapping[Cell, Sequence[Sample]]
@@ -112,7 +112,7 @@ def _row(cell: Cell, samples: Sequence[Sample], model_bytes: int) -> Row:
     def median(name: str) -> float:
         return statistics.median(float(getattr(sample, name)) for sample in samples)
 
-    shares = [sample.ceiling_s / sample.seconds for sample in samples if sample.ceiling_s is not None]
+    shares = _of_ceiling(samples)
     return Row(
         cell=str(cell),
         group=cell.group,
@@ -133,40 +133,30 @@ def _row(cell: Cell, samples: Sequence[Sample], model_bytes: int) -> Row:
     )
 
 
+def _of_ceiling(samples: Sequence[Sample]) -> list[float]:
+    """The share of the disk's speed that each cold load had."""
+    return [sample.ceiling_s / sample.seconds for sample in samples if sample.ceiling_s is not None]
+
+
 # ---- targets ---------------------------------------------------------------------------------------------------------
 
 
 def judge(samples: Samples) -> list[Target]:
     """Every target for which this run has the cells."""
     targets: list[Target] = []
-    for cell, taken in samples.items():
-        if not cell.loader.ours:
-            continue
-        if cell.state is State.COLD:
-            targets += _cold(cell, taken, samples)
-        else:
-            targets += _warm(cell, taken, samples)
+    for cell in samples:
+        if cell.loader.ours:
+            targets += _cold(cell, samples) if cell.state is State.COLD else _warm(cell, samples)
     return targets
 
 
-def _cold(cell: Cell, taken: Sequence[Sample], samples: Samples) -> list[Target]:
+def _cold(cell: Cell, samples: Samples) -> list[Target]:
     targets = []
-    rivals = {
-        other: theirs
-        for other, theirs in samples.items()
-        if not other.loader.ours and other.group == cell.group
-    }
+    rivals = [other for other in samples if not other.loader.ours and other.group == cell.group]
     if rivals:
-        best = min(rivals, key=lambda other: statistics.median(one.seconds for one in rivals[other]))
-        ratio = _ratio(rivals[best], taken)
-        targets.append(
-            Target(
-                name=f"{cell}: never slower than the best other",
-                met=ratio.median >= LEVEL,
-                figures=f"{ratio.text()} x the speed of {best.label}",
-            )
-        )
-    shares = Spread.of([sample.ceiling_s / sample.seconds for sample in taken if sample.ceiling_s])
+        best = min(rivals, key=lambda other: statistics.median(one.seconds for one in samples[other]))
+        targets.append(_faster(cell, best, samples, aim="never slower than the best other", at_least=LEVEL))
+    shares = Spread.of(_of_ceiling(samples[cell]))
     targets.append(
         Target(
             name=f"{cell}: at least {OF_CEILING_MIN:.0%} of the disk's ceiling",
@@ -177,20 +167,14 @@ def _cold(cell: Cell, taken: Sequence[Sample], samples: Samples) -> list[Target]
     return targets
 
 
-def _warm(cell: Cell, taken: Sequence[Sample], samples: Samples) -> list[Target]:
+def _warm(cell: Cell, samples: Samples) -> list[Target]:
     targets = []
-    same = {(other.loader.ours, other.state): other for other in samples if other.work == cell.work}
-    if (cold := same.get((True, State.COLD))) is not None:
-        ratio = _ratio(samples[cold], taken)
-        targets.append(
-            Target(
-                name=f"{cell}: at least {COLD_TO_WARM_MIN:.0f} x faster than cold",
-                met=ratio.median >= COLD_TO_WARM_MIN,
-                figures=f"{ratio.text(1)} x the speed of {cold.label}, cold",
-            )
-        )
+    cold, cached = replace(cell, state=State.COLD), replace(cell, loader=VLLM, state=State.CACHED)
+    if cold in samples:
+        aim = f"at least {COLD_TO_WARM_MIN:.0f} x faster than cold"
+        targets.append(_faster(cell, cold, samples, aim=aim, at_least=COLD_TO_WARM_MIN, digits=1))
         if not cell.raw:
-            share = _ratio(taken, samples[cold])
+            share = _ratio(samples[cell], samples[cold])
             targets.append(
                 Target(
                     name=f"{cell}: a second server's weights take at most {SECOND_START_MAX:.0%} of the first's",
@@ -198,16 +182,22 @@ def _warm(cell: Cell, taken: Sequence[Sample], samples: Samples) -> list[Target]
                     figures=f"{share.text(3)} of them",
                 )
             )
-    if (cached := same.get((False, State.CACHED))) is not None:
-        ratio = _ratio(samples[cached], taken)
-        targets.append(
-            Target(
-                name=f"{cell}: no slower than page-cached mmap",
-                met=ratio.median >= LEVEL,
-                figures=f"{ratio.text()} x the speed of {cached.label}",
-            )
-        )
+    if cached in samples:
+        targets.append(_faster(cell, cached, samples, aim="no slower than page-cached mmap", at_least=LEVEL))
     return targets
+
+
+def _faster(
+    cell: Cell, other: Cell, samples: Samples, *, aim: str, at_least: float, digits: int = 2
+) -> Target:
+    """At least so many times the speed of another cell."""
+    ratio = _ratio(samples[other], samples[cell])
+    whom = other.label + (", cold" if other.loader is cell.loader else "")
+    return Target(
+        name=f"{cell}: {aim}",
+        met=ratio.median >= at_least,
+        figures=f"{ratio.text(digits)} x the speed of {whom}",
+    )
 
 
 def _ratio(longer: Sequence[Sample], shorter: Sequence[Sample]) -> Spread:

@@ -90,7 +90,6 @@ class Trials:
             "reader": loader.reader,
             "load_format": loader.load_format,
             "strategy": loader.strategy,
-            "extra": loader.extra,
             "environment": loader.environment | self._places,
             "meeting": str(meeting),
             "digest": digest,

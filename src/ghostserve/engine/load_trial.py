@@ -7,9 +7,9 @@ parameter has its values. What a loader prepares before, and what it does afterw
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +20,11 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
 from ghostserve.clock import monotonic_s
-from ghostserve.engine.load_meter import Meter, memory
+from ghostserve.engine.load_meter import Meter
 from ghostserve.engine.load_trial_raw import fastsafetensors_tensors
 from ghostserve.native.checksum import crc32
 
 FASTSAFETENSORS = "fastsafetensors-cpu"
-
-
-class Talk(Protocol):
-    """Who decides when the trial goes on (load_trials.Line)."""
-
-    def say(self, kind: str, **what: Any) -> None: ...
-
-    def wait_for_go(self) -> None: ...
 
 
 @register_model_loader(FASTSAFETENSORS)
@@ -50,13 +42,13 @@ class FastsafetensorsOnCpu(DefaultModelLoader):
         return ((source.prefix + name, tensor) for name, tensor in fastsafetensors_tensors(files))
 
 
-def model_trial(line: Talk, task: dict[str, Any], rank: int) -> None:
-    """Build, say `ready`, load, say `loaded`, give the figures."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // task["ranks"]))
+def model_trial(
+    task: dict[str, Any], rank: int, when_ready: Callable[[], None]
+) -> tuple[Any, dict[str, Any]]:
+    """Build, wait, load: the model, and the figures."""
     arguments = EngineArgs(
         model=task["model"],
         load_format=task["load_format"],
-        model_loader_extra_config=task["extra"],
         safetensors_load_strategy=task["strategy"],
         tensor_parallel_size=task["ranks"],
         dtype="bfloat16",
@@ -70,31 +62,26 @@ def model_trial(line: Talk, task: dict[str, Any], rank: int) -> None:
     os.environ["VLLM_DIST_IDENT"] = Path(meeting).name  # of shared memory
     with set_current_vllm_config(config):
         init_worker_distributed_environment(config, rank, f"file://{meeting}", rank, "gloo")
-        phases = Phases(line, config.load_config, digest=task["digest"])
+        phases = Phases(when_ready, config.load_config, digest=task["digest"])
         model = phases.load(config)
-    line.say("loaded", rank=rank)
-    line.wait_for_go()
-    line.say(
-        "figures", rank=rank, **phases.figures(), **memory(), digest=phases.digest, parameters=_count(model)
-    )
+    return model, phases.figures()
 
 
 class Phases:
     """A loader whose parts are timed: the same class as the given one, with the moments noted at which its steps begin and end."""
 
-    def __init__(self, line: Talk, load_config: Any, *, digest: bool) -> None:
+    def __init__(self, when_ready: Callable[[], None], load_config: Any, *, digest: bool) -> None:
         self._meter: Meter | None = None
         self._weights: dict[str, float] = {}
         self._after_s = 0.0
-        self.digest = ""
+        self._digest = ""
         phases = self
         plain = type(get_model_loader(load_config))
 
         class Timed(plain):  # type: ignore[misc, valid-type]
             def create_model(self, *arguments: Any, **named: Any) -> Any:
                 model = super().create_model(*arguments, **named)
-                line.say("ready")
-                line.wait_for_go()
+                when_ready()
                 phases._meter = Meter()
                 return model
 
@@ -103,7 +90,7 @@ class Phases:
                 assert phases._meter is not None
                 phases._weights = phases._meter.stop()
                 if digest:
-                    phases.digest = digest_of(model)
+                    phases._digest = digest_of(model)
                 phases._after_s = monotonic_s()
                 return answer
 
@@ -114,8 +101,8 @@ class Phases:
         self._after_s = monotonic_s() - self._after_s
         return model
 
-    def figures(self) -> dict[str, float]:
-        return {**self._weights, "post_s": self._after_s}
+    def figures(self) -> dict[str, Any]:
+        return {**self._weights, "post_s": self._after_s, "digest": self._digest}
 
 
 def digest_of(model: Any) -> str:
@@ -126,7 +113,3 @@ def digest_of(model: Any) -> str:
         data = parameter.detach().contiguous().view(torch.uint8).reshape(-1)
         value = crc32(data.numpy(), crc32(about, value))
     return f"{value:08x}"
-
-
-def _count(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

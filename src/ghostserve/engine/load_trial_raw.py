@@ -6,7 +6,6 @@ tensor is dropped for the next one. The look is a crc32 at memory speed, so the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ghostserve.engine.load_meter import Meter, memory
+from ghostserve.engine.load_meter import Meter
 from ghostserve.engine.loader_files import FileBytes, tensors
 from ghostserve.native.checksum import crc32
 from ghostserve.weights.checksum_file import ChecksumFile
@@ -127,29 +126,17 @@ READERS: dict[str, Callable[[list[str]], Tensors]] = {
 }
 
 
-def raw_trial(line: Any, task: dict[str, Any], rank: int) -> None:
-    """Say `ready`, read and look at everything, say `loaded`, give the figures."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // task["ranks"]))
+def raw_trial(
+    task: dict[str, Any], when_ready: Callable[[], None]
+) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    """Wait, read and look at everything: the last tensor, which is still there, and the figures."""
     files = sorted(str(path) for path in Path(task["model"]).glob("*.safetensors"))
-    line.say("ready")
-    line.wait_for_go()
+    when_ready()
     meter = Meter()
-    digest = parameters = 0
+    digest, tensor = 0, None
     for name, tensor in READERS[task["reader"]](files):
         digest ^= look(name, tensor)
-        parameters += tensor.numel()
-    figures = meter.stop()
-    line.say("loaded", rank=rank)
-    line.wait_for_go()
-    line.say(
-        "figures",
-        rank=rank,
-        **figures,
-        **memory(),
-        post_s=0.0,
-        digest=f"{digest:08x}",
-        parameters=parameters,
-    )
+    return tensor, {**meter.stop(), "post_s": 0.0, "digest": f"{digest:08x}"}
 
 
 def look(name: str, tensor: torch.Tensor) -> int:

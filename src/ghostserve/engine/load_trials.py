@@ -80,11 +80,24 @@ def _fork(line: Line, task: dict[str, Any], rank: int) -> int:
 
 
 def _trial(line: Line, task: dict[str, Any], rank: int) -> None:
+    """Say `ready` and wait, load, say `loaded` and wait, give the figures."""
+    import torch
+
+    from ghostserve.engine.load_meter import memory
     from ghostserve.engine.load_trial import model_trial
     from ghostserve.engine.load_trial_raw import raw_trial
 
+    def when_ready() -> None:
+        line.say("ready")
+        line.wait_for_go()
+
     os.environ.update(task["environment"])
-    (raw_trial if task["raw"] else model_trial)(line, task, rank)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // task["ranks"]))
+    loaded, figures = raw_trial(task, when_ready) if task["raw"] else model_trial(task, rank, when_ready)
+    line.say("loaded")
+    line.wait_for_go()
+    line.say("figures", rank=rank, **figures, **memory())
+    del loaded  # not before its memory was counted
 
 
 if __name__ == "__main__":
