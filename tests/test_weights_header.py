@@ -263,3 +263,10 @@ def test_the_fuzz_reaches_what_is_right() -> None:
         nbytes = shape[0] * shape[1] * 2
         right += bool(parse(raw({"a": entry("BF16", shape, 0, nbytes)}, bytes(nbytes))).tensors)
     assert right == 200
+
+
+def test_a_header_whose_length_looks_like_a_pickle() -> None:
+    """0x0280 bytes begin as a pickle does: one file of some thousands."""
+    text = json.dumps({"a": entry("U8", [1], 0, 1)}).encode().ljust(0x0280)
+    assert raw(text)[:2] == b"\x80\x02"
+    assert [span.name for span in parse(raw(text, b"x")).tensors] == ["a"]

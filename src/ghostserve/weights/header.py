@@ -71,12 +71,13 @@ def header_bytes(first: bytes, *, file_bytes: int, name: str) -> int:
         raise TruncatedWeightsError(
             f"{name}: {file_bytes} bytes are not even the length of a header; {AGAIN}"
         )
-    for begin, sentence in NOT_SAFETENSORS.items():
-        if first.startswith(begin):
-            raise BadWeightsFileError(f"{name}: is {sentence}")
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     if length == 0:
         raise BadWeightsFileError(f"{name}: the header is empty; {AGAIN}")
+    if length > JSON_BYTES_MAX or LENGTH_BYTES + length > file_bytes:  # a right one may begin as others do
+        for begin, sentence in NOT_SAFETENSORS.items():
+            if first.startswith(begin):
+                raise BadWeightsFileError(f"{name}: is {sentence}")
     if length > JSON_BYTES_MAX:
         raise BadWeightsFileError(
             f"{name}: a header of {length} bytes is more than the {JSON_BYTES_MAX} that are allowed; "
