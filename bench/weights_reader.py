@@ -1,14 +1,15 @@
-"""How fast the reader of weights is beside the disk itself, and what its checksums cost.
+"""How fast the reader of weights is beside the disk itself, what its checksums cost, and what memory it should read to.
 
     .venv/bin/python bench/weights_reader.py [--gib 2] [--rounds 7] [--folder DIR]
 
-The disk's ceiling is direct reads into memory that is there already; the reader fills memory that is new, as a load does.
+The disk's ceiling is direct reads into memory that is there already. A load looks at one tensor after the other and drops it.
 Everything is measured in turn, round by round, so that what else happens on the machine meets all of it. Before a cold read the
 page cache is dropped, and mincore has to say so.
 """
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import random
@@ -27,12 +28,23 @@ from ghostserve import clock
 from ghostserve.cli.bench_load_cache import drop, fill
 from ghostserve.cli.bench_load_ceiling import Depth, direct_reads
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
+from ghostserve.weights.destination import Destination, SharedFile
+from ghostserve.weights.model_files import open_file
+from ghostserve.weights.own_file import OwnFile
 from ghostserve.weights.ranges import CHUNK_BYTES, DEPTH, Range
 from ghostserve.weights.reader import read_ranges
+from ghostserve.weights.recycled import Recycler
 
 MIB = 1 << 20
 AS_READER = Depth(in_flight=DEPTH, chunk_bytes=CHUNK_BYTES)
 CHUNKS_MIB, DEPTHS = (1, 4, 8, 16), (1, 2, 4, 8)
+TENSOR_BYTES = 32 * MIB
+MEMORIES = {
+    "used again": "as a load does: a tensor's memory is used again when it was dropped",
+    "new": "memory for the whole file",
+    "pool, written": "the pool's memory, by pwrite, as a load does that fills it",
+    "pool, mapped": "the pool's memory, mapped",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +69,18 @@ def timed(nbytes: int, work: Callable[[], object]) -> Sample:
 
 
 def make_file(path: Path, nbytes: int, *, seed: int = 0) -> None:
-    """Random bytes, on the disk."""
+    """A safetensors file of random bytes, of this length or a little more, on the disk."""
     rng = random.Random(seed)
+    places = [(at, min(at + TENSOR_BYTES, nbytes)) for at in range(0, nbytes, TENSOR_BYTES)]
+    header = {
+        f"t{number:04}": {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        for number, (begin, end) in enumerate(places)
+    }
+    text = json.dumps(header).encode()
     with path.open("wb") as file:
-        for at in range(0, nbytes, 16 * MIB):
-            file.write(rng.randbytes(min(16 * MIB, nbytes - at)))
+        file.write(len(text).to_bytes(8, "little") + text)
+        for begin, end in places:
+            file.write(rng.randbytes(end - begin))
         file.flush()
         os.fsync(file.fileno())
 
@@ -72,14 +91,43 @@ def ceiling(path: Path, depth: Depth) -> Sample:
         return timed(path.stat().st_size, read)
 
 
-def load(path: Path, *, verify: Checksums | None = None, direct: bool | None = None) -> Sample:
-    """The reader, into private memory that is new."""
+def load(path: Path, *, verify: Checksums | None = None) -> Sample:
+    """Every tensor taken, a byte of each page looked at, and dropped."""
+
+    def every_tensor() -> None:
+        file = open_file(path)
+        spans = [(span.begin, span.end) for span in file.header.tensors]
+        own = OwnFile(file, spans, Recycler(), direct=None, verify=verify)
+        for span in spans:
+            own.get(*span)[:: mmap.PAGESIZE].max()
+        own.wait()
+        own.close()
+
+    return timed(path.stat().st_size, every_tensor)
+
+
+def read_to(memory: str, path: Path) -> Sample:
+    """The whole file to one of MEMORIES; what making it costs counts, and what giving it back costs does not."""
+    if memory == "used again":
+        return load(path)
     nbytes = path.stat().st_size
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = [Range(0, nbytes, 0)]
-    sample = timed(nbytes, lambda: read_ranges(path, whole, memoryview(memory), verify=verify, direct=direct))
-    memory.close()
-    return sample
+    fd = os.memfd_create("ghostserve-bench", os.MFD_CLOEXEC) if memory != "new" else None
+    try:
+        if fd is not None:
+            os.ftruncate(fd, nbytes)
+        if fd is None:
+            mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            mapped = mmap.mmap(fd, nbytes)
+        with mapped, memoryview(mapped) as view:
+            into: Destination | memoryview = view
+            if memory == "pool, written":
+                assert fd is not None
+                into = SharedFile(fd, nbytes)
+            return timed(nbytes, lambda: read_ranges(path, [Range(0, nbytes, 0)], into))
+    finally:
+        if fd is not None:
+            os.close(fd)
 
 
 def known_checksums(path: Path) -> Checksums:
@@ -92,7 +140,7 @@ def known_checksums(path: Path) -> Checksums:
 
 
 def rounds_of(path: Path, rounds: int) -> Iterator[tuple[int, dict[str, Sample]]]:
-    """Each round: the ceiling, and a load with and without checksums, cold and warm; who is first changes."""
+    """Each round: the ceiling, a load with and without checksums, cold and warm, and cold reads to MEMORIES; in changing order."""
     sums = known_checksums(path)
     for number in range(rounds):
         found: dict[str, Sample] = {}
@@ -103,6 +151,9 @@ def rounds_of(path: Path, rounds: int) -> Iterator[tuple[int, dict[str, Sample]]
                 (drop if kind == "cold" else fill)([path])
                 name = f"{kind}, {'checked' if checked else 'unchecked'}"
                 found[name] = load(path, verify=sums if checked else None)
+        for memory in random.Random(number).sample(list(MEMORIES), len(MEMORIES)):
+            drop([path])
+            found[f"to memory: {memory}"] = read_to(memory, path)
         yield number, found
 
 
@@ -146,7 +197,8 @@ def reads_table(path: Path) -> tuple[list[list[str]], dict[str, float]]:
 
 def markdown(found: Sequence[dict[str, Sample]], table: list[list[str]]) -> str:
     """The tables."""
-    names = list(found[0])
+    to_memories = [f"to memory: {memory}" for memory in MEMORIES]
+    names = [*(name for name in found[0] if name not in to_memories), *to_memories]
     medians = {name: statistics.median(one[name].wall_s for one in found) for name in names}
     share = {
         name: statistics.median(one["disk"].wall_s / one[name].wall_s for one in found) for name in names
@@ -165,8 +217,10 @@ def markdown(found: Sequence[dict[str, Sample]], table: list[list[str]]) -> str:
     return "\n".join(
         (
             f"One file of {found[0]['disk'].nbytes / 1e9:.2f} GB, medians of {len(found)} rounds. *disk*: direct reads into memory "
-            "that is there already. The loads fill new memory; *warm* is out of the page cache.\n",
+            "that is there already; *warm*: out of the page cache.\n",
             results.table(["", "s", "GB/s", "of the disk's ceiling", "CPU s"], rows),
+            "",
+            *(f"- to memory, {memory}: {what}" for memory, what in MEMORIES.items()),
             f"\nWhat checksums cost (a crc32 for every {CELL_BYTES // MIB} MiB, compared while reading):\n",
             *costs,
             "\nDirect reads by size and number in flight, GB/s (the better of two):\n",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import weights_reader
-from weights_reader import Sample, cost, make_file, rounds_of
+from weights_reader import MEMORIES, Sample, cost, make_file, rounds_of
 
 from ghostserve.cli.bench_load_cache import PAGE_BYTES, resident_pages
 
@@ -22,14 +22,16 @@ def test_what_is_cold_or_warm_is_so_when_it_is_read(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(weights_reader, "ceiling", look)
     monkeypatch.setattr(weights_reader, "load", look)
+    monkeypatch.setattr(weights_reader, "read_to", lambda memory, path: look(path))
     ((_, found),) = rounds_of(path, 1)
-    whole = -(-3_000_001 // PAGE_BYTES)
+    whole = -(-path.stat().st_size // PAGE_BYTES)
     assert dict(zip(found, cached, strict=True)) == {
         "disk": 0,
         "cold, checked": 0,
         "cold, unchecked": 0,
         "warm, checked": whole,
         "warm, unchecked": whole,
+        **{f"to memory: {memory}": 0 for memory in MEMORIES},
     }
 
 
@@ -61,6 +63,7 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(document["rounds"][0]) == {
         "disk",
         *(f"{kind}, {how}" for kind in ("cold", "warm") for how in ("checked", "unchecked")),
+        *(f"to memory: {memory}" for memory in MEMORIES),
     }
     assert "What checksums cost" in capsys.readouterr().out
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}  # the file of weights is gone

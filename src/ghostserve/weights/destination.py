@@ -48,7 +48,7 @@ class SharedFile:
     """A file in memory, from its beginning on.
 
     Written to, not mapped: the kernel gives new pages to who writes whole ones in half the time it takes to give them cleared, one
-    fault at a time, to who maps them (bench/weights_reader.py).
+    fault at a time, to who maps them (`bench/weights_reader.py` has the figures).
     """
 
     def __init__(self, fd: int, nbytes: int) -> None:
