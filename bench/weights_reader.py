@@ -22,13 +22,13 @@ from typing import Any
 
 import results
 import script
+from estimates import estimate_median
 from script import say
 
 from ghostserve import clock
 from ghostserve.cli.bench_load_cache import drop, fill
 from ghostserve.cli.bench_load_ceiling import Depth, direct_reads
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
-from ghostserve.weights.destination import Destination, SharedFile
 from ghostserve.weights.model_files import open_file
 from ghostserve.weights.own_file import OwnFile
 from ghostserve.weights.ranges import CHUNK_BYTES, DEPTH, Range
@@ -42,8 +42,7 @@ TENSOR_BYTES = 32 * MIB
 MEMORIES = {
     "used again": "as a load does: a tensor's memory is used again when it was dropped",
     "new": "memory for the whole file",
-    "pool, written": "the pool's memory, by pwrite, as a load does that fills it",
-    "pool, mapped": "the pool's memory, mapped",
+    "the pool's": "shared memory for the whole file, as a load needs that fills the pool",
 }
 
 
@@ -111,23 +110,12 @@ def read_to(memory: str, path: Path) -> Sample:
     if memory == "used again":
         return load(path)
     nbytes = path.stat().st_size
-    fd = os.memfd_create("ghostserve-bench", os.MFD_CLOEXEC) if memory != "new" else None
-    try:
-        if fd is not None:
-            os.ftruncate(fd, nbytes)
-        if fd is None:
-            mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            mapped = mmap.mmap(fd, nbytes)
-        with mapped, memoryview(mapped) as view:
-            into: Destination | memoryview = view
-            if memory == "pool, written":
-                assert fd is not None
-                into = SharedFile(fd, nbytes)
-            return timed(nbytes, lambda: read_ranges(path, [Range(0, nbytes, 0)], into))
-    finally:
-        if fd is not None:
-            os.close(fd)
+    kind = mmap.MAP_PRIVATE if memory == "new" else mmap.MAP_SHARED
+    with (
+        mmap.mmap(-1, nbytes, flags=kind | mmap.MAP_ANONYMOUS) as mapped,
+        memoryview(mapped) as view,
+    ):
+        return timed(nbytes, lambda: read_ranges(path, [Range(0, nbytes, 0)], view))
 
 
 def known_checksums(path: Path) -> Checksums:
@@ -157,14 +145,12 @@ def rounds_of(path: Path, rounds: int) -> Iterator[tuple[int, dict[str, Sample]]
         yield number, found
 
 
-def cost(found: Sequence[dict[str, Sample]], kind: str) -> dict[str, float]:
-    """How much more a checked load takes: medians over rounds, each compared with its own round, and the extremes."""
+def cost(found: Sequence[dict[str, Sample]], kind: str) -> dict[str, Any]:
+    """How much more a checked load takes: medians over rounds, each compared with its own round."""
     pairs = [(one[f"{kind}, checked"], one[f"{kind}, unchecked"]) for one in found]
     walls = [checked.wall_s / plain.wall_s - 1 for checked, plain in pairs]
     return {
-        "wall": statistics.median(walls),
-        "wall_min": min(walls),
-        "wall_max": max(walls),
+        "wall": asdict(estimate_median(walls, rng=random.Random(0))),
         "cpu": statistics.median(checked.cpu_s / plain.cpu_s - 1 for checked, plain in pairs),
         "cpu_s_per_gb": statistics.median(
             (checked.cpu_s - plain.cpu_s) / checked.nbytes * 1e9 for checked, plain in pairs
@@ -173,11 +159,12 @@ def cost(found: Sequence[dict[str, Sample]], kind: str) -> dict[str, float]:
 
 
 def cost_line(found: Sequence[dict[str, Sample]], kind: str) -> str:
-    """A median alone would hide how far the rounds are apart."""
+    """A median alone would hide what this run cannot tell."""
     one = cost(found, kind)
+    wall = one["wall"]
     return (
-        f"- {kind}: {100 * one['wall']:+.1f} % of the load's time (rounds: {100 * one['wall_min']:+.0f} to "
-        f"{100 * one['wall_max']:+.0f} %), {100 * one['cpu']:+.1f} % of its CPU time, {one['cpu_s_per_gb']:.3f} CPU seconds per GB"
+        f"- {kind}: {100 * wall['median']:+.1f} % of the load's time (95 %: {100 * wall['low']:+.1f} to {100 * wall['high']:+.1f} %), "
+        f"{100 * one['cpu']:+.1f} % of its CPU time, {one['cpu_s_per_gb']:.3f} CPU seconds per GB"
     )
 
 
@@ -233,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
     """Exit status 0, or the error's."""
     parser = script.new_parser(__doc__)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the file (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
     parser.add_argument(
         "--folder", type=Path, help="where the file is made (default: the system's for temporary files)"
     )

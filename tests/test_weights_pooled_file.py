@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -156,44 +155,6 @@ def test_the_pool_has_no_room(place: Place, file: WeightsFile) -> None:
     assert alone.get(begin, end).tobytes() == file.path.read_bytes()[begin:end]
     alone.wait()
     alone.close()
-
-
-@pytest.mark.parametrize("written", [0, 4 << 20])
-def test_there_is_no_memory_after_all(
-    place: Place, file: WeightsFile, monkeypatch: pytest.MonkeyPatch, written: int
-) -> None:
-    """What arrived stays right, the rest is read alone, and nobody gets half a file."""
-    real = os.pwrite
-
-    def full(fd: int, data: memoryview, offset: int) -> int:
-        if offset >= written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(fd, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", full)
-    pooled = opened(place, file)
-    assert pooled.in_pool
-    demand_all(pooled, file)
-    assert not pooled.in_pool
-    pooled.wait()
-    pooled.close()
-    assert place.pool().list() == []
-
-
-def test_the_last_of_it_finds_no_memory(
-    place: Place, file: WeightsFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Behind all that this process wants."""
-
-    def full(fd: int, data: memoryview, offset: int) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "pwrite", full)
-    pooled = PooledFile(place.pool(), file, [], label="model", verify=None)
-    pooled.wait()
-    assert not pooled.in_pool
-    pooled.close()
-    assert place.pool().list() == []
 
 
 def test_a_file_that_changed_while_others_read_it(place: Place, file: WeightsFile) -> None:

@@ -19,7 +19,7 @@ from ghostserve.weights.arriving import Arriving
 from ghostserve.weights.bounded import STALL_S as BOUND_S
 from ghostserve.weights.bounded import answer_within
 from ghostserve.weights.checksums import Checksums
-from ghostserve.weights.destination import Bytes, SharedFile
+from ghostserve.weights.destination import Bytes, Memory
 from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.model_files import WeightsFile
 from ghostserve.weights.own_file import OwnFile
@@ -73,6 +73,7 @@ class PooledFile:
         self._file, self._spans, self._verify = file, spans, verify
         self._recycler = recycler or Recycler()
         self._reading: Arriving | OwnFile | None = None
+        self._shared: Mapped | None = None
         self._watermark: Watermark | None = None
         self._view: Bytes | None = None
         self._held: Hit | Lease | Follow | None = None
@@ -90,14 +91,10 @@ class PooledFile:
             if self._watermark.wait(end, timeout_s=STALL_S):
                 break
             self._succeed()
-        if isinstance(self._reading, Arriving) and begin < end:
-            try:
-                self._reading.until(end)
-            except PoolError as error:
-                self.close()
-                self._read_alone(str(error))
         if isinstance(self._reading, OwnFile):
             return self._reading.get(begin, end)
+        if self._reading is not None and begin < end:
+            self._reading.until(end)
         assert self._view is not None
         return self._view[begin:end]
 
@@ -109,17 +106,12 @@ class PooledFile:
         return self._reading is None or self._reading.arrived
 
     def wait(self) -> None:
-        try:
-            if self._reading is not None:
-                self._reading.wait()
-            else:
-                demand_unchanged(self._file)
-            if isinstance(self._held, Lease):
-                self._publish(self._held)
-        except PoolError as error:  # all that was wanted had been read
-            logger.info("weights: %s is not kept in the pool: %s", self._file.name, error)
-            self.close()
+        if self._reading is not None:
+            self._reading.wait()
+        else:
             demand_unchanged(self._file)
+        if isinstance(self._held, Lease):
+            self._publish(self._held)
 
     def close(self) -> None:
         if self._reading is not None:
@@ -128,7 +120,7 @@ class PooledFile:
             self._watermark.close()
         if self._held is not None:
             self._held.close()
-        self._held = self._watermark = self._view = None
+        self._held = self._watermark = self._view = self._shared = None
 
     # -- the four ways -----------------------------------------------------------------------------------------------
 
@@ -148,11 +140,12 @@ class PooledFile:
             self._read_alone(str(error))
 
     def _lead(self, lease: Lease) -> None:
+        self._shared = Mapped(lease.fd, offset=0, length=self._file.nbytes, shared=True)
         self._watermark = lease.watermark()
         self._reading = Arriving(
             self._file,
             [Range(0, self._file.nbytes, 0)],
-            SharedFile(lease.fd, self._file.nbytes),
+            Memory(self._shared.array().data),
             direct=None,
             verify=self._verify,
             on_ready=self._watermark.advance,
@@ -174,9 +167,15 @@ class PooledFile:
         self._reading = OwnFile(self._file, self._spans, self._recycler, direct=False, verify=self._verify)
 
     def _publish(self, lease: Lease) -> None:
-        """Have the pool keep it for who comes next."""
+        """Let go of the right to write, and have the pool keep it for who comes next."""
         assert self._watermark is not None
+        assert self._shared is not None
         self._watermark.close()
+        try:
+            self._shared.make_private(lease.fd)
+        except OSError as error:
+            logger.info("weights: %s is not kept in the pool: %s", self._file.name, error)
+            return
         published = lease.publish()
         if isinstance(published, Refused):
             logger.info("weights: %s is not kept in the pool: %s", self._file.name, published.reason)
