@@ -6,7 +6,6 @@ flight are best differs from disk to disk: a few are tried.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ghostserve.clock import monotonic_s
 from ghostserve.errors import CheckFailed
+from ghostserve.weights import huge_pages
 
 MIB = 1 << 20
 
@@ -56,15 +56,16 @@ def direct_reads(paths: Sequence[Path], depth: Depth) -> Iterator[Callable[[], N
             for file, size in zip(files, sizes, strict=True)
             for place in range(0, size, depth.chunk_bytes)
         ]
-        buffers = [mmap.mmap(-1, depth.chunk_bytes, flags=mmap.MAP_PRIVATE) for _ in range(depth.in_flight)]
-        for buffer in buffers:
-            buffer.write(bytes(depth.chunk_bytes))  # faulted in, before the clock runs
+        memory = huge_pages.memory(depth.in_flight * depth.chunk_bytes)
+        memory.write(bytes(len(memory)))  # faulted in, before the clock runs
+        places = range(0, depth.in_flight * depth.chunk_bytes, depth.chunk_bytes)
+        buffers = [memoryview(memory)[place : place + depth.chunk_bytes] for place in places]
         with ThreadPoolExecutor(depth.in_flight) as threads:
 
             def read() -> None:
                 todo = iter(chunks)  # shared: next() holds the interpreter's lock
 
-                def worker(buffer: mmap.mmap) -> int:
+                def worker(buffer: memoryview) -> int:
                     return sum(os.preadv(file, [buffer], place) for file, place in todo)
 
                 done = sum(threads.map(worker, buffers))

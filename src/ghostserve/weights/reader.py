@@ -10,7 +10,6 @@ and the stuck thread keeps hold of the file and of the memory until the kernel l
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from ghostserve import clock
 from ghostserve.errors import WeightsReadError
+from ghostserve.weights import huge_pages
 from ghostserve.weights.bounded import STALL_S, WAIT_S, answer_within
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.destination import Bytes, Destination, Memory
@@ -27,9 +27,6 @@ from ghostserve.weights.model_files import WeightsFile
 from ghostserve.weights.ranges import ALIGN_BYTES, CHUNK_BYTES, DEPTH, Chunk, Range, plan
 from ghostserve.weights.source import Source
 
-PRIVATE = (
-    mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-)  # Python's default is shared memory, whose pages cost twice as much to get
 LEAVE_S = 5.0
 """How long threads are waited for after an error, so that as a rule nothing writes to the memory any more."""
 
@@ -257,7 +254,7 @@ class _Job:
 
     def _make_staging(self) -> Bytes:
         nbytes = max(chunk.nbytes for chunk in self._chunks)
-        return np.frombuffer(mmap.mmap(-1, nbytes, flags=PRIVATE), dtype=np.uint8)
+        return np.frombuffer(huge_pages.memory(nbytes), dtype=np.uint8)
 
     def _copy(self, chunk: Chunk, staging: Bytes, stats: ReadStats) -> None:
         if self._target is None:

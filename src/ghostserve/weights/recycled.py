@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ghostserve.weights import huge_pages
 from ghostserve.weights.destination import Bytes
 
 FREE_MAX_BYTES = 512 << 20
@@ -42,8 +43,7 @@ class Recycler:
             while sum(map(len, self._free)) > FREE_MAX_BYTES:
                 del self._free[0]
         if memory is None:
-            # Private: a shared page takes twice as long to get.
-            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = huge_pages.memory(nbytes)
         loan = _Loan(memory)
         weakref.finalize(loan, self._returned.append, memory).atexit = False
         return np.asarray(loan)
