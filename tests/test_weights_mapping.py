@@ -36,6 +36,25 @@ def test_shared_is_seen_and_private_is_not(fd: int) -> None:
     assert shared[PAGE] == 7
 
 
+def flags_of(array: np.ndarray) -> list[str]:
+    """What the kernel was told of the mapping that the array lies in (proc(5), VmFlags)."""
+    ours = f"{array.ctypes.data:x}-"
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith(ours))
+    return next(line for line in lines[at:] if line.startswith("VmFlags:")).split()[1:]
+
+
+def test_large_pages_are_asked_for(fd: int) -> None:
+    """Whether they are given is the machine's business (shmem_enabled)."""
+    plain = mmap.mmap(fd, 4 * PAGE)
+    mapped = Mapped(fd, offset=0, length=4 * PAGE, shared=True)
+    array = mapped.array()
+    assert "hg" not in flags_of(np.frombuffer(plain, dtype=np.uint8))
+    assert "hg" in flags_of(array)
+    mapped.make_private(fd)
+    assert "hg" in flags_of(array)
+
+
 def test_from_shared_to_private_in_place(fd: int) -> None:
     """The addresses stay, and so does what is there; then the memory can be sealed."""
     mapped = Mapped(fd, offset=0, length=4 * PAGE, shared=True)

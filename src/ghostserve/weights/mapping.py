@@ -29,6 +29,9 @@ class Mapped:
         self._offset, self._length = offset, length
         flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
         self._address = _mmap(None, length, flags, fd, offset)
+        _libc.madvise(
+            self._address, length, mmap.MADV_HUGEPAGE
+        )  # of use where the machine allows it to shared memory
         weakref.finalize(self, _libc.munmap, self._address, length).atexit = False
 
     def array(self) -> npt.NDArray[np.uint8]:
@@ -38,6 +41,7 @@ class Mapped:
     def make_private(self, fd: int) -> None:
         """Show the same pages, at the same addresses, but let go of the right to change them for others. Raises OSError."""
         _mmap(self._address, self._length, mmap.MAP_PRIVATE | _FIXED, fd, self._offset)
+        _libc.madvise(self._address, self._length, mmap.MADV_HUGEPAGE)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -88,6 +92,7 @@ def _load_libc() -> ctypes.CDLL:
     libc.mmap.restype = ctypes.c_void_p
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.munmap.restype = ctypes.c_int
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
 
 
