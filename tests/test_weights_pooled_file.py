@@ -1,4 +1,7 @@
-"""One file and several processes: read once, right for all, whoever dies or hangs on the way."""
+"""One file and several processes: read once, right for all, whoever dies or hangs on the way.
+
+What leader, follower and hit promise as every other way does is in test_weights_tiers.py.
+"""
 
 from __future__ import annotations
 
@@ -164,15 +167,6 @@ def test_the_holder_is_killed_meanwhile(place: Place, file: WeightsFile) -> None
         demand_all(one, file)
         one.wait()
         one.close()
-
-
-def test_the_pool_has_no_room(place: Place, file: WeightsFile) -> None:
-    pool = place.pool(budget_bytes=1 << 20)
-    alone = PooledFile(pool, file, spans_of(file)[1:2], label="model", verify=None)
-    begin, end = spans_of(file)[1]
-    assert alone.get(begin, end).tobytes() == file.path.read_bytes()[begin:end]
-    alone.wait()
-    alone.close()
 
 
 def test_a_file_that_changed_while_others_read_it(place: Place, file: WeightsFile) -> None:
