@@ -1,21 +1,22 @@
-"""What a process reads for itself: what it wants and no more, right at every moment, in little memory, never waited for in vain."""
+"""What a process reads for itself: what it wants and no more, in little memory, never waited for in vain.
+
+What it promises as every other way does is in test_weights_tiers.py.
+"""
 
 from __future__ import annotations
 
 import functools
-import os
 import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.errors import WeightsChangedError, WeightsError, WeightsReadError
+from ghostserve.errors import WeightsReadError
 from ghostserve.weights import arriving, blocks, own_file
 from ghostserve.weights.checksums import Checksums
 from ghostserve.weights.destination import Bytes
@@ -46,50 +47,11 @@ def arrive(file: WeightsFile, names: str | list[str], **more: object) -> OwnFile
     )
 
 
-@pytest.mark.parametrize("direct", [None, True, False])
-@pytest.mark.parametrize("names", ["012345", "14", "5", "2", "03"])
-def test_every_byte_is_right_when_it_is_handed_out(
-    file: WeightsFile, names: str, direct: bool | None
-) -> None:
-    content = file.path.read_bytes()
-    one = arrive(file, names, direct=direct)
-    for begin, end in spans_of(file, names):
-        assert one.get(begin, end).tobytes() == content[begin:end]
-    one.wait()
-    one.close()
-
-
 def test_only_what_is_wanted_is_read(file: WeightsFile) -> None:
     one = arrive(file, "5")
     one.wait()
     assert one.arriving.stats is not None
     assert one.arriving.stats.bytes_read < 1 << 20
-
-
-def test_a_file_that_changed(file: WeightsFile) -> None:
-    os.utime(file.path, ns=(0, 0))
-    one = arrive(file, "04")
-    with pytest.raises(WeightsChangedError, match=r"model\.safetensors"):
-        one.get(*spans_of(file, "4")[0])
-    with pytest.raises(WeightsChangedError):
-        one.wait()
-
-
-def test_a_wrong_checksum(file: WeightsFile) -> None:
-    cells = -(-file.nbytes // (4 << 20))
-    one = arrive(file, "4", verify=Checksums(file.path, file.nbytes, [1] * cells))
-    with pytest.raises(WeightsError, match="not what they were"):
-        one.get(*spans_of(file, "4")[0])
-
-
-def test_closed_in_the_middle(file: WeightsFile) -> None:
-    """What was handed out stays as it is, and no thread is left."""
-    one = arrive(file, "014")
-    begin, end = spans_of(file, "1")[0]
-    there = one.get(begin, end)
-    one.close()
-    assert np.array_equal(there, np.frombuffer(file.path.read_bytes()[begin:end], dtype=np.uint8))
-    assert not [thread for thread in threading.enumerate() if thread.name == "ghostserve-weights"]
 
 
 # -- memory is used again ----------------------------------------------------------------------------------------------

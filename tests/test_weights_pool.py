@@ -322,7 +322,8 @@ def test_another_version_is_no_holder_and_says_so(
     hello = messages.Hello
     monkeypatch.setattr(messages, "Hello", lambda **fields: hello(version=99, **fields))
     assert Pool.connect(start=True, directory=place.directory) is None
-    assert "speaks version 1, and not 99; `ghostserve models stop` ends it" in caplog.text
+    said = f"speaks version {messages.VERSION}, and not 99; `ghostserve models stop` ends it"
+    assert said in caplog.text
     refused = opened(pool)
     assert isinstance(refused, Refused)
     monkeypatch.undo()

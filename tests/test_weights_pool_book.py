@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from ghostserve.weights.pool_book import PINS_MAX, PoolBook
+from ghostserve.weights.pool_book import LATE_S, PINS_MAX, PoolBook
 from ghostserve.weights.pool_layout import ALIGNMENT_BYTES, total_bytes
 from ghostserve.weights.pool_types import (
     Action,
@@ -25,9 +25,16 @@ from ghostserve.weights.pool_types import (
 UNIT = total_bytes(1)  # what the smallest entry is charged
 
 
-def image(key: str, *, nbytes: int = 1, kind: str = "rank", label: str = "", cost_s: float = 1.0) -> Image:
+def image(
+    key: str, *, nbytes: int = 1, kind: str = "rank", label: str = "", cost_s: float = 1.0, readers: int = 1
+) -> Image:
     return Image(
-        key=key, nbytes=nbytes, kind=ImageKind(kind), label=label or f"model-{key}", reload_cost_s=cost_s
+        key=key,
+        nbytes=nbytes,
+        kind=ImageKind(kind),
+        label=label or f"model-{key}",
+        reload_cost_s=cost_s,
+        readers=readers,
     )
 
 
@@ -50,6 +57,11 @@ class Desk:
     def publish(self, client: int, *, meta_bytes: int = 0) -> list[Action]:
         self.now_s += 1
         return self.book.publish(client, meta_bytes=meta_bytes, now_s=self.now_s)
+
+    def use(self, client: int, wanted: Image) -> None:
+        """Get what is there and let go of it."""
+        assert [type(action) for action in self.open(client, wanted)] == [GiveHit]
+        self.leave(client)
 
     def put(self, client: int, wanted: Image) -> None:
         """Publish an image and let go of it."""
@@ -259,6 +271,49 @@ def test_file_images_of_another_model_or_in_use_stay(desk: Desk) -> None:
     assert desk.leave(2) == [Free(entry=2)]
 
 
+def test_a_rank_that_is_late_finds_what_the_first_has_read(desk: Desk) -> None:
+    """The first is through, its image published, before the second has asked for anything."""
+    file = image("f", kind="file", label="m", readers=2)
+    desk.put(1, file)
+    desk.put(2, image("r0", label="m"))
+    desk.open(3, image("r1", label="m"))
+    assert desk.open(4, file) == [GiveHit(client=4, entry=1)]
+    assert desk.leave(4) == []
+    assert desk.publish(3) == [GiveHit(client=3, entry=3), Free(entry=1)], "and now nobody is late"
+
+
+def test_who_warmed_a_model_is_not_one_of_its_ranks(desk: Desk) -> None:
+    file = image("f", kind="file", label="m", readers=2)
+    desk.put(1, image("f", kind="file", label="m"))
+    desk.use(2, file)
+    desk.use(3, image("f", kind="file", label="m"))
+    desk.put(4, image("r0", label="m"))
+    assert desk.names() == ["f", "r0"]
+    desk.use(5, file)
+    assert desk.names() == ["r0"]
+
+
+def test_a_rank_that_never_comes_is_not_waited_for(desk: Desk) -> None:
+    desk.put(1, image("f", kind="file", label="m", readers=2))
+    desk.put(2, image("r0", label="m"))
+    used_s = next(entry.used_s for entry in desk.book.entries())
+    assert desk.book.tick(used_s + LATE_S - 1) == []
+    assert desk.book.tick(used_s + LATE_S) == [Free(entry=1)]
+
+
+def test_a_reader_that_died_leaves_who_is_late_to_its_successor(desk: Desk) -> None:
+    file = image("f", kind="file", label="m", readers=3)
+    desk.open(1, file)
+    desk.open(2, file)
+    desk.leave(1)
+    desk.publish(2)
+    desk.leave(2)
+    desk.put(3, image("r0", label="m"))
+    assert desk.names() == ["f", "r0"], "the third"
+    desk.use(4, file)
+    assert desk.names() == ["r0"]
+
+
 @pytest.mark.parametrize(("pin", "kept"), [("f", True), ("m", False)])
 def test_only_a_pin_of_its_own_keeps_a_file_image(desk: Desk, pin: str, kept: bool) -> None:
     desk.put(1, image("f", kind="file", label="m"))
@@ -337,6 +392,7 @@ IMAGES = (
     image("m-0", label="m"),
     image("m-1", label="m"),
     image("m-file", kind="file", label="m"),
+    image("m-ranks", kind="file", label="m", readers=2),
     image("big", nbytes=ALIGNMENT_BYTES + 1, label="n"),
 )
 
@@ -403,6 +459,11 @@ class Anything(RuleBasedStateMachine):
         self.left.add(client)
         self.perform(self.desk.leave(client))
         return multiple()
+
+    @rule(passed_s=st.sampled_from((1.0, LATE_S)))
+    def tick(self, passed_s: float) -> None:
+        self.desk.now_s += passed_s
+        self.perform(self.desk.book.tick(self.desk.now_s))
 
     @rule(client=clients)
     def no_memory(self, client: int) -> None:

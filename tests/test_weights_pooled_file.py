@@ -1,4 +1,7 @@
-"""One file and several processes: read once, right for all, whoever dies or hangs on the way."""
+"""One file and several processes: read once, right for all, whoever dies or hangs on the way.
+
+What leader, follower and hit promise as every other way does is in test_weights_tiers.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from ghostserve.errors import WeightsChangedError
 from ghostserve.weights import pooled_file
 from ghostserve.weights.model_files import WeightsFile, open_file
 from ghostserve.weights.pool import Follow, Hit, Lease
+from ghostserve.weights.pool_types import ImageKind
 from ghostserve.weights.pooled_file import PooledFile, file_key
 from weights_kit import write_weights
 from weights_pool_kit import SOURCE, Place, eventually
@@ -77,6 +81,23 @@ def test_read_once_then_there(place: Place, file: WeightsFile) -> None:
     for one in (first, second, third):
         one.close()
     assert [entry.references for entry in place.pool().list()] == [0]
+
+
+def test_a_rank_that_is_late_finds_what_the_first_has_read(place: Place, file: WeightsFile) -> None:
+    """The first is through with everything, its own image published, before the second asks: still one read of the disk."""
+    pool = place.pool()
+    for number in range(2):
+        rank = pool.open(f"rank-{number}", 4096, kind="rank", label="model", reload_cost_s=1.0)
+        assert isinstance(rank, Lease)
+        pooled = PooledFile(pool, file, spans_of(file), label="model", verify=None, readers=2)
+        assert isinstance(pooled._held, Hit if number else Lease)
+        demand_all(pooled, file)
+        pooled.wait()
+        pooled.close()
+        published = rank.publish()
+        assert isinstance(published, Hit)
+        published.close()
+    eventually(lambda: [entry.label for entry in pool.list() if entry.kind is ImageKind.FILE] == [])
 
 
 def test_who_changes_a_tensor_changes_his_own(place: Place, file: WeightsFile) -> None:
@@ -146,15 +167,6 @@ def test_the_holder_is_killed_meanwhile(place: Place, file: WeightsFile) -> None
         demand_all(one, file)
         one.wait()
         one.close()
-
-
-def test_the_pool_has_no_room(place: Place, file: WeightsFile) -> None:
-    pool = place.pool(budget_bytes=1 << 20)
-    alone = PooledFile(pool, file, spans_of(file)[1:2], label="model", verify=None)
-    begin, end = spans_of(file)[1]
-    assert alone.get(begin, end).tobytes() == file.path.read_bytes()[begin:end]
-    alone.wait()
-    alone.close()
 
 
 def test_a_file_that_changed_while_others_read_it(place: Place, file: WeightsFile) -> None:

@@ -49,6 +49,7 @@ class GhostModelLoader(DefaultModelLoader):
         self._fresh: VllmConfig | None = None  # set while a model is built and not loaded
         self._pool: Pool | None = None
         self._label = ""
+        self._readers = 1
 
     counter_before_loading_weights: float
 
@@ -67,6 +68,7 @@ class GhostModelLoader(DefaultModelLoader):
             fill()
             return
         self._pool = self._connect()
+        self._readers = vllm_config.parallel_config.local_world_size
         try:
             rank_image.load(model, self._pool, self._wanted(model, vllm_config, model_config), fill)
         finally:
@@ -172,7 +174,15 @@ class GhostModelLoader(DefaultModelLoader):
         """Several ranks share what one of them reads; one alone reads only what it wants, past the page cache."""
         several = get_tensor_model_parallel_world_size() > 1 and not self._in_recovery
         if several and self._pool is not None:
-            return PooledFile(self._pool, file, spans, label=self._label, verify=verify, recycler=recycler)
+            return PooledFile(
+                self._pool,
+                file,
+                spans,
+                label=self._label,
+                verify=verify,
+                readers=self._readers,
+                recycler=recycler,
+            )
         return OwnFile(file, spans, recycler, direct=False if several else None, verify=verify)
 
 

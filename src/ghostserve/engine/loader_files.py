@@ -91,6 +91,9 @@ def tensor_of(span: TensorSpan, data: Bytes, file: WeightsFile) -> torch.Tensor:
     dtype = None if kind.torch_name is None else getattr(torch, kind.torch_name, None)
     if dtype is None:
         raise UnsupportedError(f"{file.path}: tensor {span.name!r} is {span.dtype}, which torch cannot hold")
+    shape = kind.torch_shape(span.shape)
+    if data.size == 0:  # torch views nothing as nothing else
+        return torch.empty(shape, dtype=dtype)
     if data.ctypes.data % dtype.itemsize:
         data = np.array(data)  # numpy's own memory is aligned
-    return torch.from_numpy(data).view(dtype).view(kind.torch_shape(span.shape))
+    return torch.from_numpy(data).view(dtype).view(shape)

@@ -95,6 +95,7 @@ class HolderServer:
                 elif key.data in self._clients:  # else dropped in this round
                     self._hear(self._clients[key.data])
             now_s = monotonic_s()
+            self._perform(self._book.tick(now_s))
             for client in [one for one in self._clients.values() if self._is_mute(one, now_s)]:
                 self._drop(client, "said nothing")
             if not self._book.idle:

@@ -174,18 +174,31 @@ class Pool:
         return cls(directory, timeout_s=timeout_s)
 
     def open(
-        self, key: str, nbytes: int, *, kind: Literal["file", "rank"], label: str, reload_cost_s: float
+        self,
+        key: str,
+        nbytes: int,
+        *,
+        kind: Literal["file", "rank"],
+        label: str,
+        reload_cost_s: float,
+        readers: int = 1,
     ) -> Outcome:
         """The image with this key; who gives the same key wants the same bytes. `label` is the model's name.
 
         `reload_cost_s`: what it would take to have it again; with its size and use it decides what is evicted.
+        `readers`: so many processes, this one included, want a file for one load; it stays until all have asked.
         """
         try:
             link = self._link()
         except PoolError as error:
             return Refused(reason=str(error))
         request = messages.Open(
-            key=key, nbytes=nbytes, kind=kind, label=label, reload_cost_s=float(reload_cost_s)
+            key=key,
+            nbytes=nbytes,
+            kind=kind,
+            label=label,
+            reload_cost_s=float(reload_cost_s),
+            readers=readers,
         )
         return _outcome(link, request, timeout_s=self._timeout_s)
 

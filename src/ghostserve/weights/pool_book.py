@@ -34,6 +34,8 @@ from ghostserve.weights.pool_types import (
 )
 
 PINS_MAX = 1000
+LATE_S = 60.0
+"""So long after its last use a file image waits for ranks that have not asked for it: they read by themselves, or died."""
 
 
 class PoolBook:
@@ -65,6 +67,7 @@ class PoolBook:
             there = f"{entry.image.kind.value} image of {entry.image.nbytes} bytes"
             return [self._refuse(client, Refusal.OTHER, f"its key belongs to a {there}")]
         self._of_client[client] = number
+        entry.asked(image.readers)
         if entry.lease is not None:
             entry.waiters.append(client)
             self.counts[image.kind].follows += 1
@@ -91,7 +94,7 @@ class PoolBook:
         for _ in given:
             self._use(entry, now_s)
         entry.waiters = []
-        return [*victims, *given, *self._tidy(entry.image.label)]
+        return [*victims, *given, *self._tidy(entry.image.label, now_s)]
 
     def leave(self, client: int, *, free_bytes: int | None, now_s: float) -> list[Action]:
         """A client gave back what it held, or its connection ended; nothing if it held nothing."""
@@ -108,13 +111,18 @@ class PoolBook:
         entry.used_s = now_s
         if not entry.listed and not entry.references:
             return [self._remove(entry)]
-        return [*self._tidy(entry.image.label), *self._shrink(now_s)]
+        return [*self._tidy(entry.image.label, now_s), *self._shrink(now_s)]
 
     def no_memory(self, client: int, reason: str) -> list[Action]:
         """The memory of a lease just granted could not be had."""
         entry = self._leased(client)
         assert entry is not None, f"client {client} has no lease"
         return self._refuse_all(entry, Refusal.MEMORY, reason)
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Time has passed: nobody is waited for without an end."""
+        labels = {one.image.label for one in self._entries.values() if one.awaited and not one.busy}
+        return [action for label in sorted(labels) for action in self._tidy(label, now_s)]
 
     # -- what people ask for -----------------------------------------------------------------------------------------
 
@@ -132,7 +140,7 @@ class PoolBook:
         self._pins.remove(name)
         labels = {entry.image.label for entry in self._named(name)}
         return True, [
-            *(action for label in sorted(labels) for action in self._tidy(label)),
+            *(action for label in sorted(labels) for action in self._tidy(label, now_s)),
             *self._shrink(now_s),
         ]
 
@@ -239,6 +247,7 @@ class PoolBook:
             lease=client,
             waiters=list(waiters),
         )
+        self._entries[number].asked(image.readers)
         self._by_key[image.key] = number
         self._of_client |= dict.fromkeys((client, *waiters), number)
         self.counts[image.kind].misses += 1
@@ -306,10 +315,12 @@ class PoolBook:
         self.counts[entry.image.kind].abandoned += 1
         free = self._remove(entry, abandoned=True)
         if not waiters:
-            return [free, *self._tidy(entry.image.label)]
+            return [free, *self._tidy(entry.image.label, now_s)]
         if free_bytes is not None:  # what it had, and what was kept for it, is free again
             free_bytes += entry.charged_bytes
         again = self._lease(waiters[0], entry.image, waiters=waiters[1:], free_bytes=free_bytes, now_s=now_s)
+        if (successor := self._leased(waiters[0])) is not None:
+            successor.awaited = entry.awaited
         return [free, *again]
 
     def _refuse_all(self, entry: Entry, why: Refusal, reason: str) -> list[Action]:
@@ -320,8 +331,8 @@ class PoolBook:
         free = self._remove(entry, abandoned=True)
         return [free, *(self._refuse(client, why, reason) for client in clients)]
 
-    def _tidy(self, label: str) -> list[Action]:
-        """File images that nobody needs any more: a rank image of their model is there, and none is being made.
+    def _tidy(self, label: str, now_s: float) -> list[Action]:
+        """File images that nobody needs any more: a rank image of their model is there, none is being made, and no rank is late.
 
         Who pins a model wants it to start quickly, not to be kept twice: only a pin of its own keeps a file image.
         """
@@ -330,7 +341,13 @@ class PoolBook:
         if not ranks or any(entry.lease is not None for entry in ranks):
             return []
         files = [entry for entry in same if entry.image.kind is ImageKind.FILE]
-        return [self._remove(one) for one in files if not one.busy and one.image.key not in self._pins]
+        return [
+            self._remove(one)
+            for one in files
+            if not one.busy
+            and one.image.key not in self._pins
+            and (one.awaited == 0 or now_s - one.used_s >= LATE_S)
+        ]
 
     def _remove(self, entry: Entry, *, abandoned: bool = False) -> Free:
         del self._entries[entry.number]

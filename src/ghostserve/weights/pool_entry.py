@@ -22,6 +22,12 @@ class Entry:
     references: set[int] = field(default_factory=set)
     uses: int = 0
     used_s: float = 0.0
+    awaited: int = 0  # who wants it for the same load as somebody who has asked, and has not asked yet
+
+    def asked(self, readers: int) -> None:
+        """One of so many processes that want it for one load."""
+        if readers > 1:
+            self.awaited = (self.awaited or readers) - 1
 
     @property
     def state(self) -> EntryState:

@@ -31,12 +31,13 @@ from ghostserve.weights.pool_types import (
     Refusal,
 )
 
-VERSION = 1
+VERSION = 2
 REQUEST_BYTES_MAX = 8192
 ANSWER_BYTES_MAX = 65536
 _PAGE_BYTES = 32768  # of a list; with one entry more it is still an answer
 NAME_CHARACTERS_MAX = 256
 NBYTES_MAX = 1 << 50
+READERS_MAX = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class Open:
     kind: str
     label: str
     reload_cost_s: float
+    readers: int = 1
 
     @property
     def image(self) -> Image:
@@ -65,6 +67,7 @@ class Open:
             kind=ImageKind(self.kind),
             label=self.label,
             reload_cost_s=self.reload_cost_s,
+            readers=self.readers,
         )
 
 
@@ -156,6 +159,7 @@ def request_from_json(data: bytes) -> Request:
         _check(0 < message.nbytes <= NBYTES_MAX, "nbytes", message.nbytes)
         _check(message.kind in {kind.value for kind in ImageKind}, "kind", message.kind)
         _check(0 <= message.reload_cost_s < math.inf, "reload_cost_s", message.reload_cost_s)
+        _check(0 < message.readers <= READERS_MAX, "readers", message.readers)
     elif isinstance(message, Publish):
         _check(0 <= message.meta_bytes <= META_BYTES_MAX, "meta_bytes", message.meta_bytes)
     elif isinstance(message, Ask):

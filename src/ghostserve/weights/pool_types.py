@@ -43,6 +43,9 @@ class Image:
     kind: ImageKind
     label: str  # the model, for people, and for pinning and dropping all of its entries
     reload_cost_s: float  # what it would take to have it again
+    readers: int = (
+        1  # so many processes want it for one load: the ranks of a server, of which one may be late
+    )
 
 
 # -- what is to be done ------------------------------------------------------------------------------------------------

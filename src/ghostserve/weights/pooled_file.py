@@ -67,9 +67,13 @@ class PooledFile:
         *,
         label: str,
         verify: Checksums | None,
+        readers: int = 1,
         recycler: Recycler | None = None,
     ) -> None:
-        """`spans`: the tensors that will be asked for, ascending. `recycler`: for what is read alone; one of its own."""
+        """`spans`: the tensors that will be asked for, ascending. `readers`: so many processes load the same, this one included.
+
+        `recycler`: for what is read alone; one of its own.
+        """
         self._file, self._spans, self._verify = file, spans, verify
         self._recycler = recycler or Recycler()
         self._reading: Arriving | OwnFile | None = None
@@ -78,7 +82,10 @@ class PooledFile:
         self._view: Bytes | None = None
         self._held: Hit | Lease | Follow | None = None
         cost_s = file.nbytes / DISK_BYTES_PER_S
-        self._take(pool.open(file_key(file), file.nbytes, kind="file", label=label, reload_cost_s=cost_s))
+        key = file_key(file)
+        self._take(
+            pool.open(key, file.nbytes, kind="file", label=label, reload_cost_s=cost_s, readers=readers)
+        )
 
     @property
     def in_pool(self) -> bool:
