@@ -40,6 +40,10 @@ class WeightsFile:
 
     path: Path
     """As named in the model's folder; it may be a link."""
+    target: Path
+    """Where it lies."""
+    inode: tuple[int, int, int]
+    """Device, number, and when anything of it changed last: as long as the machine runs no other file has the same."""
     nbytes: int
     mtime_ns: int
     header: Header
@@ -57,7 +61,8 @@ class ModelFiles:
     folder: Path
     files: tuple[WeightsFile, ...]
     identity: str
-    """Of these bytes, as far as that can be known without reading them: names, sizes, times of change, headers."""
+    """Of these bytes, as far as that can be known without reading them: names, sizes, times of change, headers; and inodes, since two
+    models of one kind have all else in common where times are set (images, archives, object stores)."""
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +118,14 @@ def _open(path: Path) -> WeightsFile:
         first += source.read_bytes(LENGTH_BYTES, rest)
         header = parse_header(first, file_bytes=source.nbytes, name=str(path))
         source.check_unchanged(nbytes=source.nbytes, mtime_ns=source.mtime_ns)
-        return WeightsFile(path=path, nbytes=source.nbytes, mtime_ns=source.mtime_ns, header=header)
+        return WeightsFile(
+            path=path,
+            target=path.resolve(),
+            inode=source.inode,
+            nbytes=source.nbytes,
+            mtime_ns=source.mtime_ns,
+            header=header,
+        )
     finally:
         source.leave()
 
@@ -122,7 +134,8 @@ def _identity(folder: Path, files: Iterable[WeightsFile]) -> str:
     digest = hashlib.sha256()
     for file in files:
         name = os.path.relpath(file.path, folder)
-        digest.update(json.dumps([name, file.nbytes, file.mtime_ns, file.header.digest]).encode() + b"\n")
+        text = json.dumps([name, file.nbytes, file.mtime_ns, file.inode, file.header.digest])
+        digest.update(text.encode() + b"\n")
     return digest.hexdigest()
 
 

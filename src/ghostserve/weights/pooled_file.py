@@ -39,7 +39,7 @@ DISK_BYTES_PER_S = 1e9  # what a file would cost to have again: files differ by 
 
 def file_key(file: WeightsFile) -> str:
     """The name of its image in the pool: other bytes, another name."""
-    text = json.dumps([file.name, file.nbytes, file.mtime_ns, file.header.digest])
+    text = json.dumps([file.name, file.nbytes, file.mtime_ns, file.inode, file.header.digest])
     return f"file-{hashlib.sha256(text.encode()).hexdigest()}"
 
 

@@ -65,6 +65,7 @@ class Source:
             if not stat.S_ISREG(found.st_mode):
                 raise BadWeightsFileError(f"{path}: is no regular file; correct the path")
             self.nbytes, self.mtime_ns = found.st_size, found.st_mtime_ns
+            self.inode = (found.st_dev, found.st_ino, found.st_ctime_ns)
             self._open_direct(direct, owner=found.st_uid)
         except OSError as error:
             self._close()
