@@ -105,6 +105,26 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         open_model(tmp_path)  # by the number in the other's name
 
 
+@pytest.mark.parametrize("numbers", [(1, 2), (0, 1)])
+def test_shards_are_counted_from_one_or_from_zero(tmp_path: Path, numbers: tuple[int, int]) -> None:
+    for number in numbers:
+        write_weights(tmp_path / f"model-{number:05}-of-00002.safetensors", {f"a{number}": ("F32", [3])})
+    assert len(open_model(tmp_path).files) == 2
+    (tmp_path / f"model-{numbers[1]:05}-of-00002.safetensors").unlink()
+    with pytest.raises(MissingShardError, match=f"{numbers[1]:05}-of-00002.*1 of 2 are missing"):
+        open_model(tmp_path)
+
+
+def test_an_index_knows_better_than_names_which_shards_there_are(tmp_path: Path) -> None:
+    """As where a head was taken out of a model, and the shard that held it alone."""
+    sharded(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file == ONE}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    (tmp_path / TWO).unlink()
+    assert [file.name for file in open_model(tmp_path).files] == [ONE]
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     sharded(tmp_path)
     (tmp_path / INDEX).unlink()

@@ -79,6 +79,7 @@ def open_model(folder: Path, *, stall_s: float = STALL_S) -> ModelFiles:
     names = answer_within(stall_s, lambda: _read_index(folder), folder)
     if names is None:
         paths = answer_within(stall_s, lambda: _listed(folder), folder)
+        demand_complete(paths)
         return open_files(paths, stall_s=stall_s)
     files = open_files(sorted({folder / name for name in names.values()}), folder=folder, stall_s=stall_s)
     _check_index(folder, names, files)
@@ -90,7 +91,6 @@ def open_files(paths: Sequence[Path], *, folder: Path | None = None, stall_s: fl
     if not paths:
         raise ValueError("no files")
     folder = folder or paths[0].parent
-    _check_complete(paths)
     files = tuple(open_file(path, stall_s=stall_s) for path in paths)
     seen: dict[str, Path] = {}
     for file in files:
@@ -182,8 +182,11 @@ def _check_index(folder: Path, names: dict[str, str], files: ModelFiles) -> None
             )
 
 
-def _check_complete(paths: Sequence[Path]) -> None:
-    """No number is missing where the names count: model-00001-of-00003.safetensors."""
+def demand_complete(paths: Sequence[Path]) -> None:
+    """No number is missing where the names count: model-00001-of-00003.safetensors. MissingShardError names the first that is.
+
+    For all files of a model that has no index: an index knows better which there are, and who needs some only does not have all.
+    """
     counted: dict[tuple[str, int], set[int]] = {}
     for path in paths:
         if found := ONE_OF_SEVERAL.fullmatch(path.name):
@@ -191,7 +194,8 @@ def _check_complete(paths: Sequence[Path]) -> None:
                 int(found["number"])
             )
     for (stem, count), numbers in counted.items():
-        if missing := sorted({*range(1, count + 1)} - numbers):
+        first = 0 if 0 in numbers else 1
+        if missing := sorted({*range(first, first + count)} - numbers):
             raise MissingShardError(
                 f"{stem}-{missing[0]:05}-of-{count:05}.safetensors: is not there ({len(missing)} of {count} are missing); "
                 "download the model again"
