@@ -240,6 +240,15 @@ def test_a_link_to_anything_else_is_not(tmp_path: Path, place: str) -> None:
         open_model(tmp_path / "model")
 
 
+@pytest.mark.parametrize("others", [["other.safetensors"], []])
+def test_links_in_a_circle_are_named(tmp_path: Path, others: list[str]) -> None:
+    names = ["model.safetensors", *others]
+    for name, target in zip(names, [*names[1:], names[0]], strict=True):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(WeightsError, match=r"model.safetensors: .*symbolic links; put the file itself there"):
+        open_model(tmp_path)
+
+
 # ---- identity --------------------------------------------------------------------------------------------------------
 
 

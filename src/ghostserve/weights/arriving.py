@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ghostserve.errors import WeightsReadError
-from ghostserve.weights.bounded import STALL_S
+from ghostserve.weights.bounded import STALL_S, WAIT_S
 from ghostserve.weights.checksums import Checksums
 from ghostserve.weights.destination import Destination
 from ghostserve.weights.model_files import WeightsFile
@@ -61,14 +61,15 @@ class Arriving:
         with self._news:
             self._asked_end = max(end, self._asked_end)
             self._news.notify_all()
-            there = self._news.wait_for(
-                lambda: self._ready_bytes >= wanted_bytes or self._error is not None,
-                timeout=2 * STALL_S + LEAVE_S + self._file.nbytes / 1e6,
-            )
-            if self._ready_bytes < wanted_bytes and self._error is not None:
+            patience_s, waited_s = 2 * STALL_S + LEAVE_S + self._file.nbytes / 1e6, 0.0
+            while self._ready_bytes < wanted_bytes and self._error is None and waited_s < patience_s:
+                if not self._news.wait(WAIT_S):
+                    waited_s += WAIT_S
+            if self._ready_bytes >= wanted_bytes:
+                return
+            if self._error is not None:
                 raise self._error
-        if not there:
-            raise WeightsReadError(f"{self._file.path}: less than 1 MB/s is read from it; check the disk")
+        raise WeightsReadError(f"{self._file.path}: less than 1 MB/s is read from it; check the disk")
 
     @property
     def arrived(self) -> bool:

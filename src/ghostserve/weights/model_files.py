@@ -209,7 +209,7 @@ def _check_link(path: Path) -> None:
     """
     if not path.is_symlink():
         return
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # of a circle: the link itself, which cannot be opened
     blobs = [parent.parent / "blobs" for parent in path.absolute().parents if parent.name == "snapshots"]
     if target.suffix != ".safetensors" and target.parent not in [folder.resolve() for folder in blobs]:
         raise BadWeightsFileError(

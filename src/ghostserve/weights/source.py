@@ -27,6 +27,7 @@ from ghostserve.weights.ranges import ALIGN_BYTES
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 REMEDIES = {
     errno.EIO: "the disk or its connection is failing: look into the kernel's log (dmesg) and take the model from elsewhere",
+    errno.ELOOP: "put the file itself there",
     errno.ESTALE: "the file was replaced on its server: start again",
     errno.EACCES: "its permissions do not let this user read it",
     errno.EPERM: "its permissions do not let this user read it",
