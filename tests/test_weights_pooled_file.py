@@ -16,6 +16,7 @@ from ghostserve.errors import WeightsChangedError
 from ghostserve.weights import arriving, pooled_file, reader
 from ghostserve.weights.model_files import WeightsFile, open_file
 from ghostserve.weights.pool import Follow, Hit, Lease
+from ghostserve.weights.pool_types import EntryState
 from ghostserve.weights.pooled_file import PooledFile, file_key
 from ghostserve.weights.source import Source
 from weights_kit import write_weights
@@ -214,3 +215,23 @@ def test_a_late_thread_writes_into_no_other_file(
         answers.set()
         for fd in taken:
             os.close(fd)
+
+
+@pytest.mark.parametrize("reader", ["publishes", "ends"])
+def test_who_wants_it_kept_waits_for_the_readers_last_word(
+    place: Place, file: WeightsFile, reader: str
+) -> None:
+    first, second = opened(place, file), opened(place, file)
+    demand_all(second, file)
+    second.wait()
+    assert isinstance(second._held, Follow)  # all bytes are there, and nothing is published
+    last = threading.Timer(0.1, first.wait if reader == "publishes" else first.close)
+    last.start()
+    try:
+        second.settle()
+    finally:
+        last.join()
+    assert isinstance(second._held, Hit)
+    assert [entry.state for entry in place.pool().list()] == [EntryState.PUBLISHED]
+    first.close()
+    second.close()

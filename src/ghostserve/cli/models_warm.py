@@ -92,6 +92,7 @@ def warm(pool: Pool, model: ModelFiles, *, label: str, bar: Bar) -> Warmed:
                 taken.get(begin, end)
                 bar.advance(end - begin)
             taken.wait()
+            taken.settle()
         finally:
             taken.close()
     if sums.learned:
