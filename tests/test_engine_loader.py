@@ -1,8 +1,10 @@
-"""The loader, asked for a model's tensors as vLLM asks it. Needs vLLM, and no server."""
+"""The loader, asked for a model's tensors as vLLM asks it, and what an image is known by. Needs vLLM, and no server."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,10 +13,11 @@ from weights_kit import write_weights
 
 pytest.importorskip("vllm")
 
-from vllm.config import LoadConfig
+from torch import nn
+from vllm.config import LoadConfig, ParallelConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from ghostserve.engine import loader
+from ghostserve.engine import loader, rank_made_of
 
 
 @pytest.fixture
@@ -42,3 +45,25 @@ def test_a_shard_that_is_not_there_is(shards: Path) -> None:
     (shards / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(MissingShardError, match="model-00002-of-00003"):
         names(shards)
+
+
+def made_of(monkeypatch: pytest.MonkeyPatch, **parallel: int) -> dict[str, Any]:
+    monkeypatch.setattr(rank_made_of, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(rank_made_of, "get_tensor_model_parallel_rank", lambda: 0)
+    config = ParallelConfig()
+    for name, value in parallel.items():
+        setattr(config, name, value)
+    described = SimpleNamespace(to_json_string=lambda use_diff: "{}")
+    model_config = SimpleNamespace(hf_config=described, dtype="bfloat16", quantization=None)
+    return rank_made_of.made_of(nn.Linear(2, 2), SimpleNamespace(parallel_config=config), model_config)  # type: ignore[arg-type]
+
+
+def test_replicas_of_a_mixture_have_other_experts_and_so_other_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone, first, second = (
+        made_of(monkeypatch, data_parallel_size=size, data_parallel_rank=rank)
+        for size, rank in ((1, 0), (2, 0), (2, 1))
+    )
+    assert alone != first != second != alone
+    assert alone == made_of(monkeypatch)
