@@ -79,6 +79,13 @@ def test_they_are_kept_between_loads(folder: Path, kept_in: Path) -> None:
     assert not again.learned
 
 
+def test_a_byte_of_the_header_is_one_of_the_file(folder: Path, kept_in: Path) -> None:
+    load(folder, kept_in)
+    flip_byte(folder / "model.safetensors", 8 + len('{"a'))  # of the tensor's name: still a right header
+    with pytest.raises(WeightsChecksumError, match=f"bytes 0 to {CELL_BYTES} are not what they were"):
+        load(folder, kept_in)
+
+
 def test_models_alike_in_all_but_their_bytes_have_one_each(tmp_path: Path, kept_in: Path) -> None:
     """As images, archives and object stores leave them: all times are one."""
     for place, seed in (("one", 1), ("two", 2)):

@@ -1,7 +1,8 @@
 """The checksums of a model, kept between loads: `$XDG_CACHE_HOME/ghostserve/weights/IDENTITY.json`.
 
-The identity is that of the source (where its files lie, sizes, times of change, headers), so a model that was downloaded anew begins
-anew, and two that are alike in all but their bytes have one each. Inodes are no part of it, since checksums outlast them.
+The identity is that of the source (where its files lie, sizes, times of change), so a model that was downloaded anew begins anew, and
+two that are alike in all but their bytes have one each. Inodes are no part of it, since checksums outlast them; nor are headers, whose
+bytes may rot as others do.
 A file of ours that is damaged or cannot be written is as good as none: it must never keep a model from being served.
 """
 
@@ -93,8 +94,7 @@ class ChecksumFile:
 def _identity(model: ModelFiles) -> str:
     digest = hashlib.sha256()
     for file in model.files:
-        where = [_key(model, file), str(file.target)]
-        text = json.dumps([*where, file.nbytes, file.mtime_ns, file.header.digest])
+        text = json.dumps([_key(model, file), str(file.target), file.nbytes, file.mtime_ns])
         digest.update(text.encode() + b"\n")
     return digest.hexdigest()
 
