@@ -42,6 +42,7 @@ class Arriving:
         self._file = file
         self._into = into
         self._ranges = ranges
+        self._ends = [one.end for one in ranges]
         self._before = [0, *itertools.accumulate(one.end - one.begin for one in ranges)]
         self._on_ready = on_ready
         self._ahead_bytes = file.nbytes if ahead_bytes is None else ahead_bytes
@@ -95,7 +96,7 @@ class Arriving:
 
     def _place_of(self, end: int) -> int:
         """How many of the bytes wanted come before byte `end` of the file."""
-        index = bisect.bisect_left([one.end for one in self._ranges], end)
+        index = bisect.bisect_left(self._ends, end)
         return self._before[index] + end - self._ranges[index].begin
 
     def _read(self, direct: bool | None, verify: Checksums | None) -> None:
