@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -19,11 +20,13 @@ from ghostserve.cli.models import COMMANDS
 from ghostserve.cli.models_known import OnDisk, join
 from ghostserve.cli.models_ls import pool_line, table
 from ghostserve.clock import monotonic_s
+from ghostserve.weights import hub
 from ghostserve.weights.pool import Hit, Lease, Pool
 from ghostserve.weights.pool_start import stop_holder
 from ghostserve.weights.pool_types import EntryInfo, EntryState, ImageKind
 from ghostserve.weights.pull import pull
 from model_server import COMMIT, MODEL, ModelServer, serving, tiny_model
+from weights_kit import write_weights
 
 WEIGHTS = "model.safetensors"
 BUDGET_BYTES = 64 * 2**20
@@ -206,6 +209,26 @@ def test_verify_says_what_is_known_and_finds_a_flipped_byte(
     assert "bytes 0 to 300" in error  # the cell of 4 MiB that it is in
 
 
+def test_verify_does_not_promise_what_it_could_not_keep(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home.path / "mine").mkdir()
+    write_weights(home.path / "mine" / WEIGHTS, {"a": ("F32", [3])})
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert "checksums cannot be kept" in run(capsys, "verify", str(home.path / "mine"))
+
+
+def test_a_cache_that_cannot_be_read_is_one_line(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def known(download_dir: Path | None) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/somebody/elses")
+
+    monkeypatch.setattr(hub, "known", known)
+    for words in (["ls"], ["rm", "org/name"], ["pin", "org/name"]):
+        assert run(capsys, *words, code=1) == "ghostserve: error: /somebody/elses: Permission denied\n"
+
+
 def test_verify_of_a_folder_trusts_it_the_first_time_and_no_more(
     home: Home, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +269,9 @@ def test_warm_without_room_says_what_to_do(home: Home, capsys: pytest.CaptureFix
     assert "--weights-memory" in error
     assert "0 B of 293.0 KiB are in memory" in error
     assert rows(capsys)[home.world.url]["tiers"] == ["disk"]
+    assert "--weights-memory 0: no memory" in run(
+        capsys, "warm", home.world.url, "--weights-memory", "0", code=2
+    )
 
 
 def test_what_is_not_here_is_pulled_first(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

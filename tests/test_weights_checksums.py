@@ -79,6 +79,25 @@ def test_they_are_kept_between_loads(folder: Path, kept_in: Path) -> None:
     assert not again.learned
 
 
+def test_a_byte_of_the_header_is_one_of_the_file(folder: Path, kept_in: Path) -> None:
+    load(folder, kept_in)
+    flip_byte(folder / "model.safetensors", 8 + len('{"a'))  # of the tensor's name: still a right header
+    with pytest.raises(WeightsChecksumError, match=f"bytes 0 to {CELL_BYTES} are not what they were"):
+        load(folder, kept_in)
+
+
+def test_models_alike_in_all_but_their_bytes_have_one_each(tmp_path: Path, kept_in: Path) -> None:
+    """As images, archives and object stores leave them: all times are one."""
+    for place, seed in (("one", 1), ("two", 2)):
+        (tmp_path / place).mkdir()
+        write_bytes_file(tmp_path / place / "model.safetensors", NBYTES, seed=seed)
+        os.utime(tmp_path / place / "model.safetensors", ns=(0, 0))
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    for place in ("one", "two", "one"):
+        assert load(tmp_path / place, kept_in).complete
+    assert ChecksumFile(open_model(tmp_path / "link"), folder=kept_in).complete
+
+
 def test_what_two_processes_learn_is_put_together(folder: Path, kept_in: Path) -> None:
     model = open_model(folder)
     books = [ChecksumFile(model, folder=kept_in) for _ in range(2)]  # neither knows of the other

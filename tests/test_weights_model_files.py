@@ -19,6 +19,7 @@ from ghostserve.errors import (
     WeightsError,
 )
 from ghostserve.weights.model_files import ModelFiles, open_model
+from ghostserve.weights.pooled_file import file_key
 from ghostserve.weights.remote_names import INDEX
 from weights_kit import flip_byte, raw, write_weights
 
@@ -102,6 +103,26 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "consolidated.safetensors").unlink()
     with pytest.raises(MissingShardError, match=f"{TWO}: is not there .1 of 2 are missing"):
         open_model(tmp_path)  # by the number in the other's name
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (0, 1)])
+def test_shards_are_counted_from_one_or_from_zero(tmp_path: Path, numbers: tuple[int, int]) -> None:
+    for number in numbers:
+        write_weights(tmp_path / f"model-{number:05}-of-00002.safetensors", {f"a{number}": ("F32", [3])})
+    assert len(open_model(tmp_path).files) == 2
+    (tmp_path / f"model-{numbers[1]:05}-of-00002.safetensors").unlink()
+    with pytest.raises(MissingShardError, match=f"{numbers[1]:05}-of-00002.*1 of 2 are missing"):
+        open_model(tmp_path)
+
+
+def test_an_index_knows_better_than_names_which_shards_there_are(tmp_path: Path) -> None:
+    """As where a head was taken out of a model, and the shard that held it alone."""
+    sharded(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file == ONE}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    (tmp_path / TWO).unlink()
+    assert [file.name for file in open_model(tmp_path).files] == [ONE]
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -219,14 +240,21 @@ def test_a_link_to_anything_else_is_not(tmp_path: Path, place: str) -> None:
         open_model(tmp_path / "model")
 
 
+@pytest.mark.parametrize("others", [["other.safetensors"], []])
+def test_links_in_a_circle_are_named(tmp_path: Path, others: list[str]) -> None:
+    names = ["model.safetensors", *others]
+    for name, target in zip(names, [*names[1:], names[0]], strict=True):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(WeightsError, match=r"model.safetensors: .*symbolic links; put the file itself there"):
+        open_model(tmp_path)
+
+
 # ---- identity --------------------------------------------------------------------------------------------------------
 
 
 def test_the_identity_is_that_of_the_source(tmp_path: Path) -> None:
     first = open_model(sharded(tmp_path)).identity
     assert open_model(tmp_path).identity == first
-    flip_byte(tmp_path / ONE, (tmp_path / ONE).stat().st_size - 1)
-    assert open_model(tmp_path).identity == first  # what checksums are for
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert open_model(moved).identity == first
     os.utime(moved / TWO, ns=(1, 1))
@@ -236,3 +264,30 @@ def test_the_identity_is_that_of_the_source(tmp_path: Path) -> None:
     (moved / INDEX).unlink()
     (moved / "consolidated.safetensors").unlink()
     assert open_model(moved).identity not in (first, touched)
+
+
+def test_models_alike_in_all_but_their_bytes_are_two(tmp_path: Path) -> None:
+    """As images, archives and object stores leave them: all times are one."""
+    for place, seed in (("one", 1), ("two", 2)):
+        write_weights(tmp_path / place / "model.safetensors", {"a": ("F32", [3])}, seed=seed)
+        os.utime(tmp_path / place / "model.safetensors", ns=(0, 0))
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    one, two, link = (open_model(tmp_path / name) for name in ("one", "two", "link"))
+    assert one.identity != two.identity
+    assert one.identity == link.identity  # other names of the same are the same
+    assert file_key(one.files[0]) != file_key(two.files[0])
+    assert file_key(one.files[0]) == file_key(link.files[0])
+
+
+def test_a_model_in_the_place_of_another_is_another(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    write_weights(weights, {"a": ("F32", [3])}, seed=1)
+    os.utime(weights, ns=(0, 0))
+    before = open_model(tmp_path)
+    flip_byte(weights, weights.stat().st_size - 1)
+    written = open_model(tmp_path)
+    assert written.identity != before.identity
+    write_weights(tmp_path / "new", {"a": ("F32", [3])}, seed=2)
+    os.utime(tmp_path / "new", ns=(0, 0))
+    (tmp_path / "new").rename(weights)
+    assert open_model(tmp_path).identity not in (before.identity, written.identity)

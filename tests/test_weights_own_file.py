@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 import random
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -218,3 +221,44 @@ def test_little_lies_about_unused() -> None:
         del memory
     recycler.take(1)
     assert sum(map(len, recycler._free)) <= 600 << 20
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from ghostserve.weights import arriving
+from ghostserve.weights.model_files import open_file
+from ghostserve.weights.own_file import OwnFile
+from ghostserve.weights.recycled import Recycler
+from ghostserve.weights.source import Source
+arriving.STALL_S, arriving.LEAVE_S = 0.6, 0.0
+stock = Source.read
+def slow(self, *words):
+    print("reading", flush=True)
+    time.sleep(0.5)
+    return stock(self, *words)
+file = open_file(Path(sys.argv[1]))
+Source.read = slow
+span = file.header.tensors[0]
+one = OwnFile(file, [(span.begin, span.end)], Recycler(), direct=False, verify=None)
+print(len(one.get(span.begin, span.end)), flush=True)
+one.close()
+"""
+
+
+def test_a_process_that_was_stopped_blames_no_disk(tmp_path: Path) -> None:
+    """A paused container, a debugger: the time that passed meanwhile is nobody's fault."""
+    write_weights(tmp_path / "model.safetensors", {"a": ("U8", [4096])})
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "model.safetensors")]
+    environ = {**os.environ, "PYTHONPATH": str(Path(own_file.__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "reading\n"
+            sleep_s(0.2)
+            child.send_signal(signal.SIGSTOP)
+            sleep_s(2.5)
+            child.send_signal(signal.SIGCONT)
+            assert child.stdout.readline() == "4096\n"
+        finally:
+            child.kill()

@@ -9,17 +9,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ghostserve.errors import WeightsChangedError
-from ghostserve.weights import pooled_file
+from ghostserve.weights import arriving, pooled_file, reader
 from ghostserve.weights.model_files import WeightsFile, open_file
 from ghostserve.weights.pool import Follow, Hit, Lease
-from ghostserve.weights.pool_types import ImageKind
+from ghostserve.weights.pool_types import EntryState, ImageKind
 from ghostserve.weights.pooled_file import PooledFile, file_key
+from ghostserve.weights.source import Source
 from weights_kit import write_weights
 from weights_pool_kit import SOURCE, Place, eventually
 
@@ -186,3 +188,61 @@ def test_other_bytes_have_another_key(file: WeightsFile) -> None:
     key = file_key(file)
     os.utime(file.path, ns=(0, 0))
     assert file_key(open_file(file.path)) != key
+
+
+def test_a_late_thread_writes_into_no_other_file(
+    place: Place, file: WeightsFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that hangs outlives its load; its descriptor's number may belong to another file by then."""
+    hangs, answers = threading.Event(), threading.Event()
+    stock = Source.read
+
+    def late(self: Source, offset: int, into: memoryview, moved: Callable[[int], None]) -> int:
+        hangs.set()
+        assert answers.wait(30)
+        return stock(self, offset, into, moved)
+
+    monkeypatch.setattr(Source, "read", late)
+    for module in (arriving, reader):
+        monkeypatch.setattr(module, "LEAVE_S", 0.05)
+    before = set(threading.enumerate())
+    pooled = opened(place, file)
+    assert isinstance(pooled._held, Lease)
+    number = pooled._held.fd
+    assert hangs.wait(30)
+    pooled.close()
+    other = tmp_path / "other"
+    other.write_bytes(b"somebody else's")
+    taken = [os.open(other, os.O_RDWR)]
+    try:
+        while taken[-1] < number:
+            taken.append(os.dup(taken[0]))
+        assert os.path.samestat(os.fstat(number), other.stat())  # the number is used again
+        answers.set()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(30)
+        assert other.read_bytes() == b"somebody else's"
+    finally:
+        answers.set()
+        for fd in taken:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("reader", ["publishes", "ends"])
+def test_who_wants_it_kept_waits_for_the_readers_last_word(
+    place: Place, file: WeightsFile, reader: str
+) -> None:
+    first, second = opened(place, file), opened(place, file)
+    demand_all(second, file)
+    second.wait()
+    assert isinstance(second._held, Follow)  # all bytes are there, and nothing is published
+    last = threading.Timer(0.1, first.wait if reader == "publishes" else first.close)
+    last.start()
+    try:
+        second.settle()
+    finally:
+        last.join()
+    assert isinstance(second._held, Hit)
+    assert [entry.state for entry in place.pool().list()] == [EntryState.PUBLISHED]
+    first.close()
+    second.close()

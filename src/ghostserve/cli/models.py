@@ -36,6 +36,10 @@ def main(argv: Sequence[str]) -> int:
         code: int = importlib.import_module(f"ghostserve.cli.{module}").run(options)
     except WeightsError as error:
         raise GhostserveError(str(error)) from error  # its own exit status is that of a server's start
+    except BrokenPipeError:  # whoever read our output has seen enough
+        raise
+    except OSError as error:  # a cache that may not be read, a disk that fails
+        raise GhostserveError(f"{error.filename or options.command}: {error.strerror or error}") from error
     return code
 
 

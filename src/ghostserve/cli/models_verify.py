@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(as_dict(options.model, report)))
     else:
         for file in report.files:
-            print(line_of(file))
+            print(line_of(file, kept=report.kept))
     wrong = [file for file in report.files if file.error is not None]
     if wrong:
         raise CheckFailed(f"{len(wrong)} of {len(report.files)} files are wrong; the first: {wrong[0].error}")
@@ -48,7 +48,7 @@ def as_dict(model: str, report: Report) -> dict[str, object]:
     }
 
 
-def line_of(file: FileReport) -> str:
+def line_of(file: FileReport, *, kept: bool) -> str:
     """`ok     model.safetensors  1.2 GiB  as at its first load, and as its source says`."""
     if file.error is not None:
         return f"WRONG  {file.path.name}  {bytes_text(file.nbytes)}  {file.error}"
@@ -56,5 +56,6 @@ def line_of(file: FileReport) -> str:
         *(["as at its first load"] if file.compared else []),
         *(["with the SHA-256 of its source"] if file.compared_with_hub else []),
     ]
-    said = ", and ".join(known) or "nothing was known of it; its checksums are kept from now on"
+    new = "its checksums are kept from now on" if kept else "its checksums cannot be kept"
+    said = ", and ".join(known) or f"nothing was known of it; {new}"
     return f"ok     {file.path.name}  {bytes_text(file.nbytes)}  {said}"

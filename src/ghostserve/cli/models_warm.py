@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ghostserve.cli.models_progress import Bar
 from ghostserve.cli.units import bytes_text
 from ghostserve.clock import monotonic_s
-from ghostserve.errors import GhostserveError
+from ghostserve.errors import GhostserveError, UsageError
 from ghostserve.weights.checksum_file import ChecksumFile
 from ghostserve.weights.model_files import ModelFiles, open_model
 from ghostserve.weights.places import folder_of, is_folder
@@ -38,6 +38,8 @@ class Warmed:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; raises GhostserveError."""
+    if options.weights_memory == 0:
+        raise UsageError("--weights-memory 0: no memory is to be used, so that nothing can be put there")
     folder = folder_of(options.model, revision=options.revision, download_dir=options.download_dir)
     # As a server names it: an id by itself, what lies in a folder by that.
     named = options.model if not (is_url(options.model) or is_folder(options.model)) else str(folder)
@@ -90,6 +92,7 @@ def warm(pool: Pool, model: ModelFiles, *, label: str, bar: Bar) -> Warmed:
                 taken.get(begin, end)
                 bar.advance(end - begin)
             taken.wait()
+            taken.settle()
         finally:
             taken.close()
     if sums.learned:

@@ -26,7 +26,7 @@ from ghostserve.engine.rank_made_of import made_of
 from ghostserve.errors import UnsafeWeightsError
 from ghostserve.weights.checksum_file import ChecksumFile
 from ghostserve.weights.checksums import Checksums
-from ghostserve.weights.model_files import CONVERT, ModelFiles, WeightsFile, open_files
+from ghostserve.weights.model_files import CONVERT, ModelFiles, WeightsFile, demand_complete, open_files
 from ghostserve.weights.own_file import OwnFile
 from ghostserve.weights.pool import TIMEOUT_S, Pool
 from ghostserve.weights.pooled_file import PooledFile
@@ -125,6 +125,8 @@ class GhostModelLoader(DefaultModelLoader):
             raise UnsafeWeightsError(
                 f"{source.model_or_path}: has only pickled weights, which could run code: {CONVERT}"
             )
+        if not Path(folder, index).is_file():
+            demand_complete([Path(path) for path in paths])
         paths = self._needed(source, folder, paths, index)
         named = [Path(path) for path in sorted(paths, key=weight_utils._natural_sort_key)]
         files = open_files(named, folder=Path(folder))

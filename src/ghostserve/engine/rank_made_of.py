@@ -9,8 +9,12 @@ import torch
 import vllm
 from torch import nn
 from vllm import envs
-from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.distributed import (
+    get_pcp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 
 
 def made_of(model: nn.Module, vllm_config: VllmConfig, model_config: ModelConfig) -> dict[str, Any]:
@@ -28,6 +32,7 @@ def made_of(model: nn.Module, vllm_config: VllmConfig, model_config: ModelConfig
         "device": str(next(model.parameters()).device.type),
         "ranks": get_tensor_model_parallel_world_size(),
         "rank": get_tensor_model_parallel_rank(),
+        "beyond": _beyond(parallel),
         "experts": [
             parallel.enable_expert_parallel,
             parallel.enable_eplb,
@@ -35,3 +40,14 @@ def made_of(model: nn.Module, vllm_config: VllmConfig, model_config: ModelConfig
         ],
         "environment": envs.compile_factors(),
     }
+
+
+def _beyond(parallel: ParallelConfig) -> list[int]:
+    """Experts are divided over more than tensor parallelism: each rank of these has other ones, in parameters of the same names."""
+    context = parallel.prefill_context_parallel_size
+    return [
+        parallel.data_parallel_size,
+        parallel.data_parallel_rank,
+        context,
+        get_pcp_group().rank_in_group if context > 1 else 0,
+    ]

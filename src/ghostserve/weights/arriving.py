@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ghostserve.errors import WeightsReadError
-from ghostserve.weights.bounded import STALL_S
+from ghostserve.weights.bounded import STALL_S, WAIT_S
 from ghostserve.weights.checksums import Checksums
 from ghostserve.weights.destination import Destination
 from ghostserve.weights.model_files import WeightsFile
@@ -42,6 +42,7 @@ class Arriving:
         self._file = file
         self._into = into
         self._ranges = ranges
+        self._ends = [one.end for one in ranges]
         self._before = [0, *itertools.accumulate(one.end - one.begin for one in ranges)]
         self._on_ready = on_ready
         self._ahead_bytes = file.nbytes if ahead_bytes is None else ahead_bytes
@@ -61,14 +62,15 @@ class Arriving:
         with self._news:
             self._asked_end = max(end, self._asked_end)
             self._news.notify_all()
-            there = self._news.wait_for(
-                lambda: self._ready_bytes >= wanted_bytes or self._error is not None,
-                timeout=2 * STALL_S + LEAVE_S + self._file.nbytes / 1e6,
-            )
-            if self._ready_bytes < wanted_bytes and self._error is not None:
+            patience_s, waited_s = 2 * STALL_S + LEAVE_S + self._file.nbytes / 1e6, 0.0
+            while self._ready_bytes < wanted_bytes and self._error is None and waited_s < patience_s:
+                if not self._news.wait(WAIT_S):
+                    waited_s += WAIT_S
+            if self._ready_bytes >= wanted_bytes:
+                return
+            if self._error is not None:
                 raise self._error
-        if not there:
-            raise WeightsReadError(f"{self._file.path}: less than 1 MB/s is read from it; check the disk")
+        raise WeightsReadError(f"{self._file.path}: less than 1 MB/s is read from it; check the disk")
 
     @property
     def arrived(self) -> bool:
@@ -94,7 +96,7 @@ class Arriving:
 
     def _place_of(self, end: int) -> int:
         """How many of the bytes wanted come before byte `end` of the file."""
-        index = bisect.bisect_left([one.end for one in self._ranges], end)
+        index = bisect.bisect_left(self._ends, end)
         return self._before[index] + end - self._ranges[index].begin
 
     def _read(self, direct: bool | None, verify: Checksums | None) -> None:

@@ -1,12 +1,15 @@
 """The checksums of a model, kept between loads: `$XDG_CACHE_HOME/ghostserve/weights/IDENTITY.json`.
 
-The identity is that of the source (names, sizes, times of change, headers), so a model that was downloaded anew begins anew. A
-file of ours that is damaged or cannot be written is as good as none: it must never keep a model from being served.
+The identity is that of the source (where its files lie, sizes, times of change), so a model that was downloaded anew begins anew, and
+two that are alike in all but their bytes have one each. Inodes are no part of it, since checksums outlast them; nor are headers, whose
+bytes may rot as others do.
+A file of ours that is damaged or cannot be written is as good as none: it must never keep a model from being served.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -41,7 +44,7 @@ class ChecksumFile:
     def __init__(self, model: ModelFiles, *, folder: Path | None = None) -> None:
         """Reads what is known. `folder`: default_folder."""
         self._model = model
-        self.path = (folder or default_folder()) / f"{model.identity}.json"
+        self.path = (folder or default_folder()) / f"{_identity(model)}.json"
         known = _read(self.path, model)
         self._sums = {
             file.path: Checksums(file.path, file.nbytes, known.get(_key(model, file)), kept_in=self.path)
@@ -88,6 +91,14 @@ class ChecksumFile:
         return True
 
 
+def _identity(model: ModelFiles) -> str:
+    digest = hashlib.sha256()
+    for file in model.files:
+        text = json.dumps([_key(model, file), str(file.target), file.nbytes, file.mtime_ns])
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()
+
+
 def _key(model: ModelFiles, file: WeightsFile) -> str:
     return os.path.relpath(file.path, model.folder)
 
@@ -100,7 +111,7 @@ def _merged(ours: list[int | None] | None, theirs: list[int | None]) -> list[int
 
 def _body(model: ModelFiles, files: dict[str, list[int | None]]) -> dict[str, Any]:
     return {
-        "identity": model.identity,
+        "identity": _identity(model),
         "folder": str(model.folder),
         "cell_bytes": CELL_BYTES,
         "files": files,
@@ -118,7 +129,7 @@ def _read(path: Path, model: ModelFiles) -> dict[str, list[int | None]]:
         body = document["body"]
         if document["format"] != FORMAT or document["crc32"] != _seal(body):
             raise ValueError("it is damaged, or of another version")
-        if body["identity"] != model.identity or body["cell_bytes"] != CELL_BYTES:
+        if body["identity"] != _identity(model) or body["cell_bytes"] != CELL_BYTES:
             raise ValueError("it is of another model")
         cells = {_key(model, file): -(-file.nbytes // CELL_BYTES) for file in model.files}
         if {name: len(values) for name, values in body["files"].items()} != cells:

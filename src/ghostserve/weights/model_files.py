@@ -40,6 +40,10 @@ class WeightsFile:
 
     path: Path
     """As named in the model's folder; it may be a link."""
+    target: Path
+    """Where it lies."""
+    inode: tuple[int, int, int]
+    """Device, number, and when anything of it changed last: as long as the machine runs no other file has the same."""
     nbytes: int
     mtime_ns: int
     header: Header
@@ -57,7 +61,8 @@ class ModelFiles:
     folder: Path
     files: tuple[WeightsFile, ...]
     identity: str
-    """Of these bytes, as far as that can be known without reading them: names, sizes, times of change, headers."""
+    """Of these bytes, as far as that can be known without reading them: names, sizes, times of change, headers; and inodes, since two
+    models of one kind have all else in common where times are set (images, archives, object stores)."""
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +79,7 @@ def open_model(folder: Path, *, stall_s: float = STALL_S) -> ModelFiles:
     names = answer_within(stall_s, lambda: _read_index(folder), folder)
     if names is None:
         paths = answer_within(stall_s, lambda: _listed(folder), folder)
+        demand_complete(paths)
         return open_files(paths, stall_s=stall_s)
     files = open_files(sorted({folder / name for name in names.values()}), folder=folder, stall_s=stall_s)
     _check_index(folder, names, files)
@@ -85,7 +91,6 @@ def open_files(paths: Sequence[Path], *, folder: Path | None = None, stall_s: fl
     if not paths:
         raise ValueError("no files")
     folder = folder or paths[0].parent
-    _check_complete(paths)
     files = tuple(open_file(path, stall_s=stall_s) for path in paths)
     seen: dict[str, Path] = {}
     for file in files:
@@ -113,7 +118,14 @@ def _open(path: Path) -> WeightsFile:
         first += source.read_bytes(LENGTH_BYTES, rest)
         header = parse_header(first, file_bytes=source.nbytes, name=str(path))
         source.check_unchanged(nbytes=source.nbytes, mtime_ns=source.mtime_ns)
-        return WeightsFile(path=path, nbytes=source.nbytes, mtime_ns=source.mtime_ns, header=header)
+        return WeightsFile(
+            path=path,
+            target=path.resolve(),
+            inode=source.inode,
+            nbytes=source.nbytes,
+            mtime_ns=source.mtime_ns,
+            header=header,
+        )
     finally:
         source.leave()
 
@@ -122,7 +134,8 @@ def _identity(folder: Path, files: Iterable[WeightsFile]) -> str:
     digest = hashlib.sha256()
     for file in files:
         name = os.path.relpath(file.path, folder)
-        digest.update(json.dumps([name, file.nbytes, file.mtime_ns, file.header.digest]).encode() + b"\n")
+        text = json.dumps([name, file.nbytes, file.mtime_ns, file.inode, file.header.digest])
+        digest.update(text.encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -169,8 +182,11 @@ def _check_index(folder: Path, names: dict[str, str], files: ModelFiles) -> None
             )
 
 
-def _check_complete(paths: Sequence[Path]) -> None:
-    """No number is missing where the names count: model-00001-of-00003.safetensors."""
+def demand_complete(paths: Sequence[Path]) -> None:
+    """No number is missing where the names count: model-00001-of-00003.safetensors. MissingShardError names the first that is.
+
+    For all files of a model that has no index: an index knows better which there are, and who needs some only does not have all.
+    """
     counted: dict[tuple[str, int], set[int]] = {}
     for path in paths:
         if found := ONE_OF_SEVERAL.fullmatch(path.name):
@@ -178,7 +194,8 @@ def _check_complete(paths: Sequence[Path]) -> None:
                 int(found["number"])
             )
     for (stem, count), numbers in counted.items():
-        if missing := sorted({*range(1, count + 1)} - numbers):
+        first = 0 if 0 in numbers else 1
+        if missing := sorted({*range(first, first + count)} - numbers):
             raise MissingShardError(
                 f"{stem}-{missing[0]:05}-of-{count:05}.safetensors: is not there ({len(missing)} of {count} are missing); "
                 "download the model again"
@@ -192,7 +209,7 @@ def _check_link(path: Path) -> None:
     """
     if not path.is_symlink():
         return
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # of a circle: the link itself, which cannot be opened
     blobs = [parent.parent / "blobs" for parent in path.absolute().parents if parent.name == "snapshots"]
     if target.suffix != ".safetensors" and target.parent not in [folder.resolve() for folder in blobs]:
         raise BadWeightsFileError(

@@ -39,7 +39,7 @@ DISK_BYTES_PER_S = 1e9  # what a file would cost to have again: files differ by 
 
 def file_key(file: WeightsFile) -> str:
     """The name of its image in the pool: other bytes, another name."""
-    text = json.dumps([file.name, file.nbytes, file.mtime_ns, file.header.digest])
+    text = json.dumps([file.name, file.nbytes, file.mtime_ns, file.inode, file.header.digest])
     return f"file-{hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -119,6 +119,22 @@ class PooledFile:
             demand_unchanged(self._file)
         if isinstance(self._held, Lease):
             self._publish(self._held)
+
+    def settle(self) -> None:
+        """Until it stays with the pool or will not: who has all bytes from another process may be ahead of its last word.
+
+        For who wants it kept; loaders need no more than `wait`. Raises WeightsError.
+        """
+        while isinstance(self._held, Follow):
+            self.get(self._file.nbytes - 1, self._file.nbytes)  # which may have made us the reader
+            if isinstance(self._held, Follow):
+                outcome = self._held.outcome(timeout_s=STALL_S)
+                if outcome is None or isinstance(outcome, Refused):
+                    return
+                self._held = None
+                self.close()
+                self._take(outcome)
+            self.wait()
 
     def close(self) -> None:
         if self._reading is not None:

@@ -27,6 +27,7 @@ from ghostserve.weights.ranges import ALIGN_BYTES
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 REMEDIES = {
     errno.EIO: "the disk or its connection is failing: look into the kernel's log (dmesg) and take the model from elsewhere",
+    errno.ELOOP: "put the file itself there",
     errno.ESTALE: "the file was replaced on its server: start again",
     errno.EACCES: "its permissions do not let this user read it",
     errno.EPERM: "its permissions do not let this user read it",
@@ -65,6 +66,7 @@ class Source:
             if not stat.S_ISREG(found.st_mode):
                 raise BadWeightsFileError(f"{path}: is no regular file; correct the path")
             self.nbytes, self.mtime_ns = found.st_size, found.st_mtime_ns
+            self.inode = (found.st_dev, found.st_ino, found.st_ctime_ns)
             self._open_direct(direct, owner=found.st_uid)
         except OSError as error:
             self._close()

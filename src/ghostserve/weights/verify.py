@@ -6,6 +6,7 @@ file by it, and a download into a folder of its own leaves it in `.cache/hugging
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import mmap
@@ -50,6 +51,8 @@ class Report:
 
     model: ModelFiles
     files: tuple[FileReport, ...]
+    kept: bool = True
+    """Whether the checksums that were made are there the next time."""
 
     @property
     def ok(self) -> bool:
@@ -98,7 +101,7 @@ def verify_model(
         before += file.nbytes
     report = Report(model=model, files=tuple(reports))
     if report.ok and book.learned:
-        book.save()
+        return dataclasses.replace(report, kept=book.save())
     return report
 
 
