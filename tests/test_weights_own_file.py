@@ -6,6 +6,7 @@ What it promises as every other way does is in test_weights_tiers.py.
 from __future__ import annotations
 
 import functools
+import os
 import random
 import signal
 import subprocess
