@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from ghostserve.config import GhostConfig
-from ghostserve.engine.load_format import LOAD_FORMAT, LOADER_ENV, STOCK, choose, for_newcomer
+from ghostserve.engine.load_format import LOAD_FORMAT, LOADER_ENV, STOCK, choose, flaw, for_newcomer
 from ghostserve.errors import UnsafeWeightsError
+from weights_kit import write_weights
 
 
 @pytest.fixture
@@ -86,3 +87,19 @@ def test_vllms_own_workers_come_to_know_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_other_formats_are_left_as_they_are() -> None:
     config = SimpleNamespace(load_format="auto")
     assert for_newcomer(config, "source") is config
+
+
+def test_what_a_start_that_failed_may_have_failed_of(tmp_path: Path) -> None:
+    """Files that are cut, of the format that would have read them; and nothing that is only suspected."""
+    whole = write_weights(tmp_path / "model.safetensors", {"a": ("U8", [4096])})
+
+    def flaw_of(load_format: str, model: object = tmp_path) -> str | None:
+        return flaw(Namespace(model=str(model), load_format=load_format))
+
+    assert flaw_of(LOAD_FORMAT) is None
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    found = flaw_of(LOAD_FORMAT)
+    assert found is not None
+    assert "model.safetensors" in found
+    assert flaw_of(STOCK) is None
+    assert flaw_of(LOAD_FORMAT, "someone/something") is None

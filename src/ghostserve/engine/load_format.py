@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ghostserve.config import GhostConfig
-from ghostserve.errors import UnsafeWeightsError
-from ghostserve.weights.model_files import CONVERT, pickles_in
+from ghostserve.errors import GhostserveError, UnsafeWeightsError
+from ghostserve.weights.model_files import CONVERT, open_model, pickles_in
 
 LOAD_FORMAT = "ghostserve"
 STOCK = "auto"
@@ -54,6 +54,19 @@ def _refuse_pickles(folder: Path) -> None:
             f"{folder}: has only pickled weights ({', '.join(pickles[:3])}), which could run code: {CONVERT}; or "
             f"give --load-format {STOCK} to have vLLM open them"
         )
+
+
+def flaw(arguments: Namespace) -> str | None:
+    """What is wrong with the files that our loader would have read; None if nothing is to be seen. Asked after a start that failed:
+    the worker that says so says it in the middle of a traceback.
+    """
+    folder = Path(str(arguments.model))
+    try:
+        if arguments.load_format == LOAD_FORMAT and folder.is_dir():
+            open_model(folder)
+    except GhostserveError as error:
+        return str(error)
+    return None
 
 
 def register() -> None:

@@ -204,7 +204,8 @@ def _run(arguments: Namespace, config: GhostConfig, mount: Mount, *, page: Contr
             raise
         if page is not None and (refused := why_refused(page)) is not None:
             raise UsageError(refused) from error
-        raise StartError(f"the engine did not start: {error}; the log above has the cause") from error
+        cause = load_format.flaw(arguments) or f"{error}; the log above has the cause"
+        raise StartError(f"the engine did not start: {cause}") from error
     if server.interrupted:
         return 130
     if server.engine_lost:
