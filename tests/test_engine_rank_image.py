@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from torch import nn
 
 from ghostserve.engine import rank_image
 from ghostserve.engine.model_memory import layout_of, why_not
-from ghostserve.weights.pool import Pool
+from ghostserve.weights import rank_file
+from ghostserve.weights.mapping import Mapped
+from ghostserve.weights.pool import Hit, Pool
 from ghostserve.weights.pool_types import EntryState
-from weights_pool_kit import Place
+from weights_kit import flip_byte
+from weights_pool_kit import Place, eventually
 
 ROWS = 300  # times 256 floats: large, with pages of its own
 
@@ -175,6 +179,69 @@ def test_files_that_changed_meanwhile(place: Place, expected: dict[str, torch.Te
     load(place, model, lambda: fill(model), unchanged=False)
     assert same(model, expected)
     assert not place.pool().list()
+
+
+# -- copies on the disk ------------------------------------------------------------------------------------------------
+
+KEY = "rank-" + "7b" * 32
+
+
+@pytest.fixture
+def copy(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a model that was loaded once; the pool has forgotten it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = Model()
+    load(place, model, lambda: fill(model), key=KEY)
+    with place.pool().open(KEY, layout_of(model).nbytes, kind="rank", label="m", reload_cost_s=1.0) as hit:
+        assert isinstance(hit, Hit)
+        image = Mapped(hit.fd, offset=0, length=hit.nbytes, shared=False).array()
+        path = rank_file.write(image, hit.meta, key=KEY, label="model")
+    for kept in rank_image._KEPT:
+        kept.close()
+    rank_image._KEPT.clear()
+    del image
+    place.pool().drop("model")
+    eventually(lambda: place.pool().list() == [])
+    return path
+
+
+def loaded_with_copy(place: Place) -> tuple[Model, int]:
+    model, filled = Model(), []
+    load(place, model, lambda: filled.append(fill(model)), key=KEY)
+    return model, len(filled)
+
+
+def test_out_of_a_copy_on_the_disk(place: Place, expected: dict[str, torch.Tensor], copy: Path) -> None:
+    """Then it is in the pool as if it had been loaded, and the copy is not asked again."""
+    first, filled = loaded_with_copy(place)
+    assert filled == 0
+    assert same(first, expected)
+    copy.unlink()
+    second, filled = loaded_with_copy(place)
+    assert filled == 0
+    assert same(second, expected)
+
+
+@pytest.mark.parametrize("harm", ["a byte", "the end", "the header", "the table"])
+def test_a_copy_that_is_not_in_order_is_not_used(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog, harm: str
+) -> None:
+    """The model's own files are read, a line names the copy, and nobody gets what was read of it."""
+    if harm == "a byte":
+        flip_byte(copy, copy.stat().st_size - 1)
+    elif harm == "the end":
+        os.truncate(copy, copy.stat().st_size - 1)
+    elif harm == "the header":
+        flip_byte(copy, 9)
+    else:
+        copy.write_bytes(copy.read_bytes().replace(b"large", b"lurge", 1))
+    for _ in range(2):
+        model, filled = loaded_with_copy(place)
+        assert same(model, expected)
+    assert "the copy of this rank is not used" in caplog.text
+    assert filled == (
+        1 if harm == "a byte" else 0
+    )  # whose memory was touched is given up; others publish as ever
 
 
 def test_an_image_of_another_model_is_not_used(

@@ -21,6 +21,10 @@ COMMANDS = {
     "warm": ("models_warm", "read a model into memory, so that the next server starts without the disk"),
     "pin": ("models_pin", "keep a model in memory, whatever else is loaded"),
     "unpin": ("models_pin", "let a model be evicted from memory again"),
+    "optimise": (
+        "models_optimise",
+        "keep what a server's workers loaded on the disk, a file each, for their next cold start",
+    ),
     "rm": ("models_rm", "remove a model from memory and from the cache on the disk"),
     "stop": ("models_stop", "let go of all models in memory"),
 }
@@ -75,6 +79,15 @@ def _add_own(made: Mapping[str, argparse.ArgumentParser]) -> None:
     what.add_argument("--memory", action="store_true", help="only from memory")
     what.add_argument("--disk", action="store_true", help="only from the disk")
     made["rm"].add_argument("--yes", "-y", action="store_true", help="do not ask")
+    made["optimise"].add_argument(
+        "--tensor-parallel-size",
+        "--tp",
+        "-tp",
+        type=int,
+        metavar="N",
+        help="fail unless the weights of so many workers are in memory",
+    )
+    made["optimise"].add_argument("--remove", action="store_true", help="remove the model's copies instead")
     made["warm"].add_argument("--pin", action="store_true", help="and keep it there, as 'models pin' does")
     made["warm"].add_argument(
         "--weights-memory",

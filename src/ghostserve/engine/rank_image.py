@@ -3,6 +3,7 @@
     model built, parameters allocated
           │ open the rank's image
           ├─ it is there ─────▶ put below the parameters, private: no disk, no copy
+          ├─ nobody has it, and a copy on the disk ─▶ read into the pool's memory, checked; then as above
           ├─ nobody has it ───▶ put below, shared; vLLM loads into it; compare; seal; private; published
           └─ anything else ───▶ vLLM loads into memory of its own; one line says why
 
@@ -23,6 +24,8 @@ from ghostserve.engine.device_image import copy_in, copy_out
 from ghostserve.engine.model_beside import Beside
 from ghostserve.engine.model_memory import Below, layout_of, why_not
 from ghostserve.errors import WeightsError
+from ghostserve.weights import rank_file
+from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.pool import Follow, Hit, Lease, Outcome, Pool, Refused
 from ghostserve.weights.rank_image import Layout
 
@@ -77,6 +80,8 @@ def _through(model: nn.Module, pool: Pool | None, wanted: Wanted | None, fill: C
         case Hit() as hit:
             return _use(model, layout, hit)
         case Lease() as lease:
+            if (kept := _kept_on_disk(layout, lease, wanted)) is not None:
+                return _use(model, layout, kept)
             return _make(model, layout, lease, wanted, fill)
         case Refused() as refused:
             raise _Plain(refused.reason)
@@ -113,6 +118,30 @@ def _use(model: nn.Module, layout: Layout, hit: Hit) -> str:
         raise _Plain(f"the pool's image is not used: {error}") from error
     _KEPT.append(hit)
     return f"{layout.nbytes / 1e6:.1f} MB out of the pool"
+
+
+def _kept_on_disk(layout: Layout, lease: Lease, wanted: Wanted) -> Hit | None:
+    """The image out of its copy on the disk (`models optimise`), as if the pool had had it; None if there is no copy of use."""
+    try:
+        kept = rank_file.find(wanted.key)
+        if kept is None:
+            return None
+        layout.refuse_other(kept.table)
+    except (WeightsError, OSError) as error:
+        logger.warning("weights: the copy of this rank is not used: %s", error)
+        return None
+    try:
+        mapped = Mapped(lease.fd, offset=0, length=layout.nbytes, shared=True)
+        kept.read(mapped.array().data)
+        mapped.make_private(lease.fd)
+    except (WeightsError, OSError) as error:
+        lease.abandon()  # what is in its memory now is nobody's weights
+        logger.warning("weights: the copy of this rank is not used: %s", error)
+        raise _Plain("the copy of this rank could not be read") from error
+    published = lease.publish(layout.encode())
+    if isinstance(published, Refused):
+        raise _Plain(published.reason)
+    return published
 
 
 def _make(model: nn.Module, layout: Layout, lease: Lease, wanted: Wanted, fill: Callable[[], None]) -> str:
