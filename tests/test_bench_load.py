@@ -170,7 +170,7 @@ def test_every_loader_does_every_work_cold() -> None:
         cold = {
             cell.loader for cell in cells if cell.state is State.COLD and cell.ranks == 1 and cell.raw is raw
         }
-        assert cold == {loader for loader in LOADERS if loader.available}
+        assert cold == {loader for loader in LOADERS if loader.available and (loader.reader or not raw)}
 
 
 def test_who_is_not_installed_is_left_out() -> None:

@@ -99,6 +99,9 @@ def measure(
         files = write_model(model, shape, seed=seed)
         depth = best_depth(files, on_progress)
         with Trials(scratch=scratch, log=folder / "trials.log") as trials:
+            for cell in cells:
+                if cell.loader.copies:
+                    trials.make_copies(cell, model=model)
             samples = _rounds(
                 cells,
                 lambda cell, digest: measure_cell(

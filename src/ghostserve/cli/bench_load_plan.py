@@ -31,7 +31,7 @@ class Loader:
     strategy: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     package: str = ""  # what has to be installed for it
-    pool: bool = False
+    copies: bool = False  # `models optimise` was run before
     ours: bool = False
 
     @property
@@ -58,8 +58,9 @@ ALONE = Loader(
     environment={CONFIG_ENV: json.dumps({"weights_memory": 0})},
     ours=True,
 )
-POOL = Loader(name="ghostserve", reader="ghostserve-pool", load_format=LOAD_FORMAT, pool=True, ours=True)
-LOADERS = (VLLM, VLLM_EAGER, VLLM_PREFETCH, FASTSAFETENSORS, RUNAI, ALONE, POOL)
+POOL = Loader(name="ghostserve", reader="ghostserve-pool", load_format=LOAD_FORMAT, ours=True)
+OPTIMISED = Loader(name="ghostserve, optimised", load_format=LOAD_FORMAT, copies=True, ours=True)
+LOADERS = (VLLM, VLLM_EAGER, VLLM_PREFETCH, FASTSAFETENSORS, RUNAI, ALONE, POOL, OPTIMISED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +95,16 @@ class Cell:
 def plan_cells(loaders: Sequence[Loader] = LOADERS) -> list[Cell]:
     """All of them."""
     known = [loader for loader in loaders if loader.available]
-    cells = [Cell(loader=loader, state=State.COLD, raw=raw) for raw in (False, True) for loader in known]
+    cells = [
+        Cell(loader=loader, state=State.COLD, raw=raw)
+        for raw in (False, True)
+        for loader in known
+        if loader.reader or not raw
+    ]
     cells += [
         Cell(loader=loader, state=State.COLD, ranks=2)
         for loader in known
-        if loader in (VLLM, VLLM_PREFETCH, POOL)
+        if loader in (VLLM, VLLM_PREFETCH, POOL, OPTIMISED)
     ]
     cells += [Cell(loader=POOL, state=State.COLD, ranks=2, raw=True)]
     works = ((False, 1), (True, 1), (False, 2), (True, 2))
@@ -116,7 +122,7 @@ def shuffled(cells: Sequence[Cell], rng: random.Random) -> list[Cell]:
         [cell for cell in cells if cell.state is not State.POOLED], k=len(cells) - len(pooled)
     ):
         order.append(cell)
-        if cell.loader.pool and cell.work in pooled:
+        if cell.loader is POOL and cell.work in pooled:
             order.append(pooled.pop(cell.work))
     assert not pooled, f"nothing fills the pool for {list(pooled.values())}"
     return order

@@ -22,7 +22,9 @@ from ghostserve.cli import bench_load_cache
 from ghostserve.cli.bench_load_ceiling import Depth, read_s
 from ghostserve.cli.bench_load_plan import Cell, State
 from ghostserve.errors import StartError
+from ghostserve.weights import rank_file
 from ghostserve.weights.pool import Pool
+from ghostserve.weights.pool_types import ImageKind
 from ghostserve.weights.runtime_dir import RUNTIME_DIR_ENV
 
 START_S, TRIAL_S, END_S = 120.0, 300.0, 10.0
@@ -39,6 +41,7 @@ class Trials:
         self._scratch, self._log, self._number = scratch, log, 0
         self._pool = scratch / "pool"  # not the user's own, nor are the checksums
         self._places = {RUNTIME_DIR_ENV: str(self._pool), "XDG_CACHE_HOME": str(scratch / "cache")}
+        self._copies, self._copies_used = scratch / "copies", scratch / "cache" / "ghostserve" / "ranks"
 
     def __enter__(self) -> Trials:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -104,6 +107,25 @@ class Trials:
         self._hear("ended", timeout_s=TRIAL_S)
         return sorted(figures, key=lambda of_rank: int(of_rank["rank"]))
 
+    def make_copies(self, cell: Cell, *, model: Path) -> None:
+        """What `models optimise` makes of a load."""
+        self.use_copies(False)
+        self.run(cell, model=model, digest=False, before=self.stop_pool)
+        pool = Pool.connect(start=False, directory=self._pool)
+        if pool is None:
+            raise StartError(f"a load left no pool{self._tail()}")
+        for entry in pool.list():
+            if entry.kind is ImageKind.RANK:
+                rank_file.keep(pool, entry, into=self._copies)
+
+    def use_copies(self, wanted: bool) -> list[Path]:
+        """Have them where loads find them, or elsewhere. They are what is returned."""
+        here, there = (self._copies_used, self._copies) if wanted else (self._copies, self._copies_used)
+        if there.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            there.rename(here)
+        return sorted(here.glob("*.safetensors")) if here.exists() else []
+
     def stop_pool(self) -> None:
         """End the holder that earlier trials started, and all that it holds."""
         pool = Pool.connect(start=False, directory=self._pool)
@@ -161,9 +183,11 @@ def measure_cell(
 
     def before() -> None:
         nonlocal ceiling_s
+        copies = trials.use_copies(cell.loader.copies)
         if cell.state is State.CACHED:
             bench_load_cache.fill(files)
             return
+        bench_load_cache.drop(copies)
         bench_load_cache.drop(files)
         if cell.state is State.COLD:
             trials.stop_pool()  # whoever wants one starts it: that belongs to a first load

@@ -15,9 +15,8 @@ from ghostserve.cli.models_progress import Bar
 from ghostserve.cli.units import bytes_text
 from ghostserve.errors import GhostserveError
 from ghostserve.weights import rank_file
-from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.places import is_folder
-from ghostserve.weights.pool import Hit, Pool
+from ghostserve.weights.pool import Pool
 from ghostserve.weights.pool_types import EntryInfo, EntryState, ImageKind
 
 
@@ -70,7 +69,7 @@ def _write(row: Known, *, workers: int | None) -> Kept:
     with Bar(row.model) as bar:
         bar.begin(sum(entry.nbytes for entry in entries), 0)
         for entry in entries:
-            kept_bytes += _write_one(pool, entry)
+            kept_bytes += rank_file.keep(pool, entry).stat().st_size
             bar.advance(entry.nbytes)
     return Kept(files=len(entries), nbytes=kept_bytes)
 
@@ -78,17 +77,6 @@ def _write(row: Known, *, workers: int | None) -> Kept:
 def _is_rank_of(entry: EntryInfo, row: Known) -> bool:
     published = entry.kind is ImageKind.RANK and entry.state is EntryState.PUBLISHED
     return published and entry.label in row.labels
-
-
-def _write_one(pool: Pool, entry: EntryInfo) -> int:
-    opened = pool.open(entry.key, entry.nbytes, kind="rank", label=entry.label, reload_cost_s=0.0)
-    if not isinstance(opened, Hit):
-        raise GhostserveError(
-            f"{entry.label}: its weights have just left the memory: do this again while its server runs"
-        )
-    with opened as hit:
-        image = Mapped(hit.fd, offset=0, length=hit.nbytes, shared=False).array()
-        return rank_file.write(image, hit.meta, key=entry.key, label=entry.label).stat().st_size
 
 
 def _remove(names: set[str]) -> Kept:

@@ -27,7 +27,10 @@ from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.destination import Bytes
 from ghostserve.weights.fetch import demand_room, disk_full
 from ghostserve.weights.header import LENGTH_BYTES
+from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.model_files import WeightsFile, open_file
+from ghostserve.weights.pool import Hit, Pool, Refused
+from ghostserve.weights.pool_types import EntryInfo
 from ghostserve.weights.ranges import Range
 from ghostserve.weights.reader import read_ranges
 
@@ -118,9 +121,23 @@ def all_files() -> Iterator[RankFile]:
             yield open_rank_file(path)
 
 
-def write(image: Bytes, table: bytes, *, key: str, label: str) -> Path:
+def keep(pool: Pool, entry: EntryInfo, *, into: Path | None = None) -> Path:
+    """Write an image that the pool has to where it is found, or `into` a folder. Raises WeightsError, OSError."""
+    opened = pool.open(entry.key, entry.nbytes, kind="rank", label=entry.label, reload_cost_s=0.0)
+    if not isinstance(opened, Hit):
+        if not isinstance(opened, Refused):
+            opened.close()
+        raise WeightsError(
+            f"{entry.label}: a worker's weights have just left the memory: do this while its server runs"
+        )
+    with opened as hit:
+        image = Mapped(hit.fd, offset=0, length=hit.nbytes, shared=False).array()
+        return write(image, hit.meta, key=entry.key, label=entry.label, into=into)
+
+
+def write(image: Bytes, table: bytes, *, key: str, label: str, into: Path | None = None) -> Path:
     """Keep an image on the disk, whole or not at all. Raises WeightsError, OSError."""
-    path = path_of(key)
+    path = (into or folder()) / path_of(key).name
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     header = _header(image, table, key=key, label=label)
     nbytes = len(header) + image.size
