@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from ghostserve.weights import rank_file
 from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.pool import Hit, Pool
 from ghostserve.weights.pool_types import EntryState
+from ghostserve.weights.rank_file import open_rank_file
 from weights_kit import flip_byte
 from weights_pool_kit import Place, eventually
 
@@ -242,6 +245,95 @@ def test_a_copy_that_is_not_in_order_is_not_used(
     assert filled == (
         1 if harm == "a byte" else 0
     )  # whose memory was touched is given up; others publish as ever
+
+
+def rewritten(copy: Path, *, table: object = None, image: Callable[[bytes], bytes] = bytes) -> None:
+    """Another table or image, with all that belongs to it in order: by somebody who knows the format."""
+    data, before = copy.read_bytes(), json.loads(open_rank_file(copy).table)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    text = table if isinstance(table, str) else json.dumps(before | (table or {}))  # type: ignore[operator]
+    header = rank_file._header(
+        np.frombuffer(image(data[begin:]), np.uint8), b"@TABLE@", key=KEY, label="model"
+    )
+    length = len(header) - 8
+    header = header[8:].rstrip().replace(b'"@TABLE@"', json.dumps(text).encode())
+    copy.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + image(data[begin:]))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "\ud800",
+        "[" * 100_000,
+        '{"version":' * 3000 + "1" + "}" * 3000,
+        "[]",
+        {"version": 2},
+        {"nbytes": []},
+        {"parameters": 5},
+        {"parameters": None},
+        {"parameters": {}},
+        {"parameters": [1, 2]},
+        {"parameters": []},
+    ],
+    ids=lambda table: str(table)[:30],
+)
+def test_a_table_that_makes_no_sense(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog, table: object
+) -> None:
+    """Whatever it holds: a warning of bearable length, and the model's own files."""
+    rewritten(copy, table=table)
+    model, filled = loaded_with_copy(place)
+    assert filled == 1
+    assert same(model, expected)
+    (said,) = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert "the copy of this rank is not used" in said
+    assert copy.name in said
+    assert len(said) < 1500
+
+
+@pytest.mark.parametrize("change", [lambda image: image[:-4096], lambda image: image + bytes(4096)])
+def test_an_image_of_another_length_is_not_used(
+    place: Place,
+    expected: dict[str, torch.Tensor],
+    copy: Path,
+    caplog,
+    change: Callable[[bytes], bytes],
+) -> None:
+    """Though its table is the model's, and its checksums are its own: what it lacks would be zeros."""
+    rewritten(copy, image=change)
+    for filled_then in (1, 0):
+        model, filled = loaded_with_copy(place)
+        assert filled == filled_then
+        assert same(model, expected)
+    assert copy.name in caplog.text
+
+
+def test_a_copy_that_is_written_anew_as_it_was_is_used(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path
+) -> None:
+    """What the tests above do to it is not what makes it unfit."""
+    rewritten(copy)
+    model, filled = loaded_with_copy(place)
+    assert filled == 0
+    assert same(model, expected)
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a folder", "a link to itself", "a link to a device", "empty"])
+def test_what_is_no_file_in_the_place_of_a_copy(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog, what: str
+) -> None:
+    copy.unlink()
+    {
+        "a pipe": lambda: os.mkfifo(copy),
+        "a folder": copy.mkdir,
+        "a link to itself": lambda: copy.symlink_to(copy),
+        "a link to a device": lambda: copy.symlink_to("/dev/zero"),
+        "empty": copy.touch,
+    }[what]()
+    model, filled = loaded_with_copy(place)
+    assert filled == 1
+    assert same(model, expected)
+    assert copy.name in caplog.text
 
 
 def test_an_image_of_another_model_is_not_used(

@@ -126,7 +126,7 @@ def _kept_on_disk(layout: Layout, lease: Lease, wanted: Wanted) -> Hit | None:
         kept = rank_file.find(wanted.key)
         if kept is None:
             return None
-        layout.refuse_other(kept.table)
+        kept.refuse_other(layout)
     except (WeightsError, OSError) as error:
         logger.warning("weights: the copy of this rank is not used: %s", error)
         return None

@@ -31,6 +31,7 @@ from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.model_files import WeightsFile, open_file
 from ghostserve.weights.pool import Hit, Pool, Refused
 from ghostserve.weights.pool_types import EntryInfo
+from ghostserve.weights.rank_image import Layout
 from ghostserve.weights.ranges import Range
 from ghostserve.weights.reader import read_ranges
 
@@ -62,6 +63,16 @@ class RankFile:
     label: str
     table: bytes
     checksums: Checksums
+
+    def refuse_other(self, layout: Layout) -> None:
+        """Raise WeightsError, naming the file, if it is not an image of this layout: by its table, and by its length."""
+        path, (image,) = self.file.path, self.file.header.tensors
+        try:
+            layout.refuse_other(self.table)
+        except WeightsError as error:
+            raise BadWeightsFileError(f"{path}: {error}; {AGAIN}") from error
+        if image.nbytes != layout.nbytes:
+            raise BadWeightsFileError(f"{path}: has {image.nbytes} bytes, not {layout.nbytes}; {AGAIN}")
 
     def read(self, into: memoryview) -> None:
         """All of the image, compared with its checksums. WeightsError by its kind; what is in `into` then is undefined."""
@@ -109,7 +120,7 @@ def open_rank_file(path: Path) -> RankFile:
     return RankFile(
         file=file,
         label=metadata["label"],
-        table=metadata["table"].encode(),
+        table=metadata["table"].encode(errors="replace"),  # half a character is valid JSON, and in no table
         checksums=Checksums(path, file.nbytes, known),
     )
 
