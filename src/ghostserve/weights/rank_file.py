@@ -14,25 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from ghostserve.errors import BadWeightsFileError, MissingShardError, WeightsError
+from ghostserve.errors import BadWeightsFileError, DiskFullError, MissingShardError, WeightsError
 from ghostserve.native.checksum import crc32
+from ghostserve.weights.bounded import STALL_S, answer_within
 from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.destination import Bytes
-from ghostserve.weights.fetch import demand_room, disk_full
+from ghostserve.weights.fetch import NO_ROOM, demand_room
 from ghostserve.weights.header import LENGTH_BYTES
 from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.model_files import WeightsFile, open_file
 from ghostserve.weights.pool import Hit, Pool, Refused
 from ghostserve.weights.pool_types import EntryInfo
-from ghostserve.weights.rank_image import Layout
 from ghostserve.weights.ranges import Range
+from ghostserve.weights.rank_folder import demand_ours, remove_leftovers, written_whole
+from ghostserve.weights.rank_image import Layout
 from ghostserve.weights.reader import read_ranges
 
 FORMAT = "1"
@@ -87,13 +89,16 @@ class RankFile:
 
 
 def find(key: str) -> RankFile | None:
-    """The image with this key; None if there is none. WeightsError, naming the file and the flaw, if it is not in order."""
+    """The image with this key; None if there is none. WeightsError, naming the file and the flaw, if it is not in order; OSError."""
     try:
         found = open_rank_file(path_of(key))
     except MissingShardError:
         return None
+    path = found.file.path
     if found.file.header.metadata["key"] != key:
-        raise BadWeightsFileError(f"{found.file.path}: is the image of another key; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: is the image of another key; {AGAIN}")
+    for one in (path.parent, path):
+        answer_within(STALL_S, partial(demand_ours, one), one)
     return found
 
 
@@ -150,25 +155,28 @@ def write(image: Bytes, table: bytes, *, key: str, label: str, into: Path | None
     """Keep an image on the disk, whole or not at all. Raises WeightsError, OSError."""
     path = (into or folder()) / path_of(key).name
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    demand_ours(path.parent)
+    remove_leftovers(path.parent)
     header = _header(image, table, key=key, label=label)
     nbytes = len(header) + image.size
     demand_room(path.parent, nbytes, model=label, options="XDG_CACHE_HOME")
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        with new.open("wb") as file:
+        with written_whole(path) as file:
             file.write(header)
             for begin in range(0, image.size, 16 * CELL_BYTES):
                 file.write(image[begin : begin + 16 * CELL_BYTES].data)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
     except OSError as error:
-        if (full := disk_full(error, path, there=0, nbytes=nbytes)) is not None:
-            raise full from error
+        if error.errno in NO_ROOM:
+            raise DiskFullError(
+                f"{path}: {error.strerror}: it takes {nbytes} bytes; make room, or take another folder with XDG_CACHE_HOME"
+            ) from error
         raise
-    finally:
-        new.unlink(missing_ok=True)
     return path
+
+
+def label_of(model: str) -> str:
+    """How a copy names its model: in characters that any reader of safetensors takes, whatever the name of its folder is made of."""
+    return model.encode(errors="replace").decode()
 
 
 def _header(image: Bytes, table: bytes, *, key: str, label: str) -> bytes:
@@ -176,7 +184,13 @@ def _header(image: Bytes, table: bytes, *, key: str, label: str) -> bytes:
         f"{crc32(image[begin : begin + CELL_BYTES]):0{_CRC_DIGITS}x}"
         for begin in range(0, image.size, CELL_BYTES)
     )
-    metadata = {"format": FORMAT, "key": key, "label": label, "table": table.decode(), "crc32": sums}
+    metadata = {
+        "format": FORMAT,
+        "key": key,
+        "label": label_of(label),
+        "table": table.decode(),
+        "crc32": sums,
+    }
     tensor = {"dtype": "U8", "shape": [image.size], "data_offsets": [0, image.size]}
     text = json.dumps({"__metadata__": metadata, TENSOR: tensor}).encode()
     length = -(-(LENGTH_BYTES + len(text)) // CELL_BYTES) * CELL_BYTES - LENGTH_BYTES
