@@ -308,6 +308,89 @@ def test_an_image_of_another_length_is_not_used(
     assert copy.name in caplog.text
 
 
+def removed(copy: Path) -> None:
+    copy.unlink()
+
+
+def replaced_by_another(copy: Path) -> None:
+    rank_file.write(np.zeros(copy.stat().st_size - 4096, np.uint8), b"{}", key=KEY, label="model")
+
+
+def grown(copy: Path) -> None:
+    with copy.open("ab") as file:
+        file.write(b"x")
+
+
+def shortened(copy: Path) -> None:
+    os.truncate(copy, copy.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("change", [removed, replaced_by_another, grown, shortened])
+@pytest.mark.parametrize("when", ["before it is read", "after it was read"])
+def test_a_copy_that_changes_while_it_is_read(
+    place: Place,
+    expected: dict[str, torch.Tensor],
+    copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    when: str,
+) -> None:
+    """Its header was in order. What may be half of it, nobody gets; what was read as a whole before is as good as ever."""
+    read = rank_file.RankFile.read
+
+    def changing(kept: rank_file.RankFile, into: memoryview) -> None:
+        if when == "before it is read":
+            change(copy)
+        read(kept, into)
+        change(copy)
+
+    monkeypatch.setattr(rank_file.RankFile, "read", changing)
+    model, filled = loaded_with_copy(place)
+    assert same(model, expected)
+    assert filled == (1 if when == "before it is read" else 0)
+    if filled:
+        assert place.pool().list() == []
+
+
+def test_memory_that_cannot_be_made_private_is_given_up(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    def fail(self: Mapped, fd: int) -> None:
+        raise OSError("no memory")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Mapped, "make_private", fail)
+        model, filled = loaded_with_copy(place)
+    assert filled == 1
+    assert same(model, expected)
+    assert "make it again with 'ghostserve models optimise'" in caplog.text
+    assert place.pool().list() == []
+    assert loaded_with_copy(place)[1] == 0
+
+
+def test_a_copy_of_somebody_else_is_not_used(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog
+) -> None:
+    """All is in order with it, but who put it there."""
+    copy.parent.chmod(0o777)
+    model, filled = loaded_with_copy(place)
+    assert filled == 1
+    assert same(model, expected)
+    assert f"{copy.parent}: every user can write to it" in caplog.text
+
+
+def test_rank_0_under_the_name_of_rank_1(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog
+) -> None:
+    key = "rank-" + "7c" * 32
+    copy.rename(rank_file.path_of(key))
+    model, filled = Model(), []
+    load(place, model, lambda: filled.append(fill(model)), key=key)
+    assert len(filled) == 1
+    assert same(model, expected)
+    assert "is the image of another key" in caplog.text
+
+
 def test_a_copy_that_is_written_anew_as_it_was_is_used(
     place: Place, expected: dict[str, torch.Tensor], copy: Path
 ) -> None:

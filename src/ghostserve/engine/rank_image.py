@@ -128,7 +128,7 @@ def _kept_on_disk(layout: Layout, lease: Lease, wanted: Wanted) -> Hit | None:
             return None
         kept.refuse_other(layout)
     except (WeightsError, OSError) as error:
-        logger.warning("weights: the copy of this rank is not used: %s", error)
+        logger.warning("weights: the copy of this rank is not used; %s: %s", rank_file.AGAIN, error)
         return None
     try:
         mapped = Mapped(lease.fd, offset=0, length=layout.nbytes, shared=True)
@@ -136,7 +136,7 @@ def _kept_on_disk(layout: Layout, lease: Lease, wanted: Wanted) -> Hit | None:
         mapped.make_private(lease.fd)
     except (WeightsError, OSError) as error:
         lease.abandon()  # what is in its memory now is nobody's weights
-        logger.warning("weights: the copy of this rank is not used: %s", error)
+        logger.warning("weights: the copy of this rank is not used; %s: %s", rank_file.AGAIN, error)
         raise _Plain("the copy of this rank could not be read") from error
     published = lease.publish(layout.encode())
     if isinstance(published, Refused):

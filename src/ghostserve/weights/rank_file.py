@@ -72,9 +72,9 @@ class RankFile:
         try:
             layout.refuse_other(self.table)
         except WeightsError as error:
-            raise BadWeightsFileError(f"{path}: {error}; {AGAIN}") from error
+            raise BadWeightsFileError(f"{path}: {error}") from error
         if image.nbytes != layout.nbytes:
-            raise BadWeightsFileError(f"{path}: has {image.nbytes} bytes, not {layout.nbytes}; {AGAIN}")
+            raise BadWeightsFileError(f"{path}: has {image.nbytes} bytes, not {layout.nbytes}")
 
     def read(self, into: memoryview) -> None:
         """All of the image, compared with its checksums. WeightsError by its kind; what is in `into` then is undefined."""
@@ -96,7 +96,7 @@ def find(key: str) -> RankFile | None:
         return None
     path = found.file.path
     if found.file.header.metadata["key"] != key:
-        raise BadWeightsFileError(f"{path}: is the image of another key; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: is the image of another key")
     for one in (path.parent, path):
         answer_within(STALL_S, partial(demand_ours, one), one)
     return found
@@ -107,20 +107,18 @@ def open_rank_file(path: Path) -> RankFile:
     file = open_file(path)
     metadata, tensors = file.header.metadata, file.header.tensors
     if metadata.get("format") != FORMAT:
-        raise BadWeightsFileError(f"{path}: format {metadata.get('format')!r}, known is {FORMAT!r}; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: format {metadata.get('format')!r}, known is {FORMAT!r}")
     if missing := [name for name in ("key", "label", "table", "crc32") if name not in metadata]:
-        raise BadWeightsFileError(f"{path}: its metadata has no {missing[0]}; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: its metadata has no {missing[0]}")
     if [(one.name, one.dtype) for one in tensors] != [(TENSOR, "U8")]:
-        raise BadWeightsFileError(f"{path}: has not one tensor of bytes named {TENSOR!r}; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: has not one tensor of bytes named {TENSOR!r}")
     begin = tensors[0].begin
     if begin % CELL_BYTES:
-        raise BadWeightsFileError(
-            f"{path}: its image begins at {begin}, no multiple of {CELL_BYTES}; {AGAIN}"
-        )
+        raise BadWeightsFileError(f"{path}: its image begins at {begin}, no multiple of {CELL_BYTES}")
     sums = _sums(metadata["crc32"])
     cells = -(-(file.nbytes - begin) // CELL_BYTES)
     if sums is None or len(sums) != cells:
-        raise BadWeightsFileError(f"{path}: its crc32 are not {cells} checksums; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: its crc32 are not {cells} checksums")
     known = [*[None] * (begin // CELL_BYTES), *sums]
     return RankFile(
         file=file,
