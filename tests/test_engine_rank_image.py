@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from ghostserve.clock import monotonic_s
 from ghostserve.engine import rank_image
 from ghostserve.engine.model_memory import layout_of, why_not
 from ghostserve.weights import rank_file
@@ -377,6 +379,20 @@ def test_a_copy_of_somebody_else_is_not_used(
     assert filled == 1
     assert same(model, expected)
     assert f"{copy.parent}: every user can write to it" in caplog.text
+
+
+def test_a_disk_that_hangs_does_not_hold_up_a_replacement(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """Clients wait for it, and the model's own files may lie on another disk."""
+    answered, model = threading.Event(), Model()
+    monkeypatch.setattr(rank_file, "open_file", lambda *_: answered.wait(30))
+    began_s = monotonic_s()
+    load(place, model, lambda: fill(model), key=KEY, in_recovery=True)
+    assert monotonic_s() - began_s < 3
+    answered.set()
+    assert same(model, expected)
+    assert "did not answer for 0.5 s" in caplog.text
 
 
 def test_rank_0_under_the_name_of_rank_1(

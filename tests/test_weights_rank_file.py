@@ -142,7 +142,7 @@ def split(header: Header) -> None:
 
 WRONG: dict[str, tuple[Callable[[Header], object], str]] = {
     "another format": (metadata(format="2"), "format '2', known is '1'"),
-    "no format": (without("format"), "format None"),
+    "no format": (without("format"), "format '', known"),
     "no key": (without("key"), "no key"),
     "no label": (without("label"), "no label"),
     "no table": (without("table"), "no table"),

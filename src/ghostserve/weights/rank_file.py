@@ -88,17 +88,25 @@ class RankFile:
         )
 
 
-def find(key: str) -> RankFile | None:
-    """The image with this key; None if there is none. WeightsError, naming the file and the flaw, if it is not in order; OSError."""
+def find(key: str, *, stall_s: float = STALL_S) -> RankFile | None:
+    """The image with this key; None if there is none, WeightsError, naming the file and the flaw, if it is not in order; OSError.
+
+    No longer than `stall_s`.
+    """
+    path = path_of(key)
     try:
-        found = open_rank_file(path_of(key))
+        found = answer_within(stall_s, partial(_open_ours, path), path)
     except MissingShardError:
         return None
-    path = found.file.path
     if found.file.header.metadata["key"] != key:
         raise BadWeightsFileError(f"{path}: is the image of another key")
+    return found
+
+
+def _open_ours(path: Path) -> RankFile:
+    found = open_rank_file(path)
     for one in (path.parent, path):
-        answer_within(STALL_S, partial(demand_ours, one), one)
+        demand_ours(one)
     return found
 
 
@@ -107,7 +115,7 @@ def open_rank_file(path: Path) -> RankFile:
     file = open_file(path)
     metadata, tensors = file.header.metadata, file.header.tensors
     if metadata.get("format") != FORMAT:
-        raise BadWeightsFileError(f"{path}: format {metadata.get('format')!r}, known is {FORMAT!r}")
+        raise BadWeightsFileError(f"{path}: format {metadata.get('format', '')[:80]!r}, known is {FORMAT!r}")
     if missing := [name for name in ("key", "label", "table", "crc32") if name not in metadata]:
         raise BadWeightsFileError(f"{path}: its metadata has no {missing[0]}")
     if [(one.name, one.dtype) for one in tensors] != [(TENSOR, "U8")]:
