@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ghostserve.clock import monotonic_s
 from ghostserve.engine import rank_image
 from ghostserve.engine.model_memory import layout_of, why_not
 from ghostserve.weights import rank_file
 from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.pool import Hit, Pool
 from ghostserve.weights.pool_types import EntryState
+from ghostserve.weights.rank_file import open_rank_file
 from weights_kit import flip_byte
 from weights_pool_kit import Place, eventually
 
@@ -242,6 +247,192 @@ def test_a_copy_that_is_not_in_order_is_not_used(
     assert filled == (
         1 if harm == "a byte" else 0
     )  # whose memory was touched is given up; others publish as ever
+
+
+def rewritten(copy: Path, *, table: object = None, image: Callable[[bytes], bytes] = bytes) -> None:
+    """Another table or image, with all that belongs to it in order: by somebody who knows the format."""
+    data, before = copy.read_bytes(), json.loads(open_rank_file(copy).table)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    text = table if isinstance(table, str) else json.dumps(before | (table or {}))  # type: ignore[operator]
+    header = rank_file._header(
+        np.frombuffer(image(data[begin:]), np.uint8), b"@TABLE@", key=KEY, label="model"
+    )
+    length = len(header) - 8
+    header = header[8:].rstrip().replace(b'"@TABLE@"', json.dumps(text).encode())
+    copy.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + image(data[begin:]))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "\ud800",
+        "[" * 100_000,
+        '{"version":' * 3000 + "1" + "}" * 3000,
+        "[]",
+        {"version": 2},
+        {"nbytes": []},
+        {"parameters": 5},
+        {"parameters": None},
+        {"parameters": {}},
+        {"parameters": [1, 2]},
+        {"parameters": []},
+    ],
+    ids=lambda table: str(table)[:30],
+)
+def test_a_table_that_makes_no_sense(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog, table: object
+) -> None:
+    """Whatever it holds: a warning of bearable length, and the model's own files."""
+    rewritten(copy, table=table)
+    model, filled = loaded_with_copy(place)
+    assert filled == 1
+    assert same(model, expected)
+    (said,) = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert "the copy of this rank is not used" in said
+    assert copy.name in said
+    assert len(said) < 1500
+
+
+@pytest.mark.parametrize("change", [lambda image: image[:-4096], lambda image: image + bytes(4096)])
+def test_an_image_of_another_length_is_not_used(
+    place: Place,
+    expected: dict[str, torch.Tensor],
+    copy: Path,
+    caplog,
+    change: Callable[[bytes], bytes],
+) -> None:
+    """Though its table is the model's, and its checksums are its own: what it lacks would be zeros."""
+    rewritten(copy, image=change)
+    for filled_then in (1, 0):
+        model, filled = loaded_with_copy(place)
+        assert filled == filled_then
+        assert same(model, expected)
+    assert copy.name in caplog.text
+
+
+def removed(copy: Path) -> None:
+    copy.unlink()
+
+
+def replaced_by_another(copy: Path) -> None:
+    rank_file.write(np.zeros(copy.stat().st_size - 4096, np.uint8), b"{}", key=KEY, label="model")
+
+
+def grown(copy: Path) -> None:
+    with copy.open("ab") as file:
+        file.write(b"x")
+
+
+def shortened(copy: Path) -> None:
+    os.truncate(copy, copy.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("change", [removed, replaced_by_another, grown, shortened])
+@pytest.mark.parametrize("when", ["before it is read", "after it was read"])
+def test_a_copy_that_changes_while_it_is_read(
+    place: Place,
+    expected: dict[str, torch.Tensor],
+    copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    when: str,
+) -> None:
+    """Its header was in order. What may be half of it, nobody gets; what was read as a whole before is as good as ever."""
+    read = rank_file.RankFile.read
+
+    def changing(kept: rank_file.RankFile, into: memoryview) -> None:
+        if when == "before it is read":
+            change(copy)
+        read(kept, into)
+        change(copy)
+
+    monkeypatch.setattr(rank_file.RankFile, "read", changing)
+    model, filled = loaded_with_copy(place)
+    assert same(model, expected)
+    assert filled == (1 if when == "before it is read" else 0)
+    if filled:
+        assert place.pool().list() == []
+
+
+def test_memory_that_cannot_be_made_private_is_given_up(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    def fail(self: Mapped, fd: int) -> None:
+        raise OSError("no memory")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Mapped, "make_private", fail)
+        model, filled = loaded_with_copy(place)
+    assert filled == 1
+    assert same(model, expected)
+    assert "make it again with 'ghostserve models optimise'" in caplog.text
+    assert place.pool().list() == []
+    assert loaded_with_copy(place)[1] == 0
+
+
+def test_a_copy_of_somebody_else_is_not_used(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog
+) -> None:
+    """All is in order with it, but who put it there."""
+    copy.parent.chmod(0o777)
+    model, filled = loaded_with_copy(place)
+    assert filled == 1
+    assert same(model, expected)
+    assert f"{copy.parent}: every user can write to it" in caplog.text
+
+
+def test_a_disk_that_hangs_does_not_hold_up_a_replacement(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """Clients wait for it, and the model's own files may lie on another disk."""
+    answered, model = threading.Event(), Model()
+    monkeypatch.setattr(rank_file, "open_file", lambda *_: answered.wait(30))
+    began_s = monotonic_s()
+    load(place, model, lambda: fill(model), key=KEY, in_recovery=True)
+    assert monotonic_s() - began_s < 3
+    answered.set()
+    assert same(model, expected)
+    assert "did not answer for 0.5 s" in caplog.text
+
+
+def test_rank_0_under_the_name_of_rank_1(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog
+) -> None:
+    key = "rank-" + "7c" * 32
+    copy.rename(rank_file.path_of(key))
+    model, filled = Model(), []
+    load(place, model, lambda: filled.append(fill(model)), key=key)
+    assert len(filled) == 1
+    assert same(model, expected)
+    assert "is the image of another key" in caplog.text
+
+
+def test_a_copy_that_is_written_anew_as_it_was_is_used(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path
+) -> None:
+    """What the tests above do to it is not what makes it unfit."""
+    rewritten(copy)
+    model, filled = loaded_with_copy(place)
+    assert filled == 0
+    assert same(model, expected)
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a folder", "a link to itself", "a link to a device", "empty"])
+def test_what_is_no_file_in_the_place_of_a_copy(
+    place: Place, expected: dict[str, torch.Tensor], copy: Path, caplog, what: str
+) -> None:
+    copy.unlink()
+    {
+        "a pipe": lambda: os.mkfifo(copy),
+        "a folder": copy.mkdir,
+        "a link to itself": lambda: copy.symlink_to(copy),
+        "a link to a device": lambda: copy.symlink_to("/dev/zero"),
+        "empty": copy.touch,
+    }[what]()
+    model, filled = loaded_with_copy(place)
+    assert filled == 1
+    assert same(model, expected)
+    assert copy.name in caplog.text
 
 
 def test_an_image_of_another_model_is_not_used(

@@ -14,6 +14,7 @@ from ghostserve.cli import main as cli
 from ghostserve.weights import rank_file
 from ghostserve.weights.pool import Hit, Lease, Pool
 from ghostserve.weights.pool_start import stop_holder
+from ghostserve.weights.pool_types import EntryInfo
 
 NBYTES = 1 << 20
 KEYS = ["rank-" + f"{number:02x}" * 32 for number in range(2)]
@@ -92,3 +93,47 @@ def test_a_model_in_a_folder_is_known_by_its_path(
 def test_an_image_of_another_kind_of_key(capsys: pytest.CaptureFixture[str]) -> None:
     with in_memory("k"):
         assert "not the key of a rank's image" in run(capsys, "org/model", code=1)
+
+
+@pytest.mark.parametrize("words", [["--tp", "0"], ["--tp", "-1"], ["--tp", "two"], ["--tp", "2", "--remove"]])
+def test_words_that_make_no_sense(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    with in_memory(KEYS[0]):
+        assert words[0] in run(capsys, "org/model", *words, code=2)
+    assert not rank_file.folder().exists()
+
+
+def test_a_folder_with_a_long_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A server calls it by the last 256 characters."""
+    folder = tmp_path / ("a" * 200) / ("b" * 200)
+    folder.mkdir(parents=True)
+    with in_memory(KEYS[0], label=str(folder)[-256:]):
+        assert "1 workers' weights" in run(capsys, str(folder))
+    stop_holder(tmp_path / "run")
+    assert "removed 1 copies" in run(capsys, str(folder), "--remove")
+
+
+def test_what_an_interrupted_one_left_is_removed_with_the_copies(capsys: pytest.CaptureFixture[str]) -> None:
+    with in_memory(KEYS[0]):
+        run(capsys, "org/model")
+    (rank_file.folder() / f"{KEYS[1]}.safetensors.abc.new").write_bytes(b"half")
+    run(capsys, "org/model", "--remove")
+    assert list(rank_file.folder().iterdir()) == []
+
+
+def test_the_pool_evicts_it_meanwhile(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between being listed and being kept: no copy of empty memory, and nobody waits for memory that nobody fills."""
+    in_memory(KEYS[0]).close()
+    keep = rank_file.keep
+
+    def evict_and_keep(pool: Pool, entry: EntryInfo) -> Path:
+        pool.drop(entry.key)
+        return keep(pool, entry)
+
+    with monkeypatch.context() as evicting:
+        evicting.setattr(rank_file, "keep", evict_and_keep)
+        assert "have just left the memory" in run(capsys, "org/model", code=1)
+    assert not rank_file.folder().exists()
+    in_memory(KEYS[0]).close()
+    assert "1 workers' weights" in run(capsys, "org/model")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from ghostserve.errors import (
     WeightsChecksumError,
     WeightsError,
 )
-from ghostserve.weights import rank_file
+from ghostserve.weights import rank_file, rank_folder
 from ghostserve.weights.checksums import CELL_BYTES
 from weights_kit import flip_byte, raw
 
@@ -138,7 +142,7 @@ def split(header: Header) -> None:
 
 WRONG: dict[str, tuple[Callable[[Header], object], str]] = {
     "another format": (metadata(format="2"), "format '2', known is '1'"),
-    "no format": (without("format"), "format None"),
+    "no format": (without("format"), "format '', known"),
     "no key": (without("key"), "no key"),
     "no label": (without("label"), "no label"),
     "no table": (without("table"), "no table"),
@@ -186,9 +190,110 @@ def test_a_full_disk_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskFullError, match="No space left"):
+    with pytest.raises(DiskFullError, match=r"No space left.* another folder with XDG_CACHE_HOME$"):
         rank_file.write(image, TABLE, key=KEY, label="x")
     assert os.listdir(path.parent) == []
+
+
+WRITE_AND_WAIT = """
+import os, sys, time
+import numpy as np
+from ghostserve.weights import rank_file, rank_folder
+def wait(fd):
+    print("written", flush=True)
+    time.sleep(60)
+os.fsync = wait
+rank_file.write(np.zeros(4096, np.uint8), b"{}", key=sys.argv[1], label="x")
+"""
+
+
+@pytest.fixture
+def writing(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that is about to put its copy into its place."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITE_AND_WAIT, "rank-" + "00" * 32], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        yield process
+        process.kill()
+
+
+def test_what_a_killed_process_left_goes_with_the_next_copy(writing: subprocess.Popen[str]) -> None:
+    """And not before it is dead."""
+    path, _ = written()
+    assert [one.file.path for one in rank_file.all_files()] == [path]
+    assert len(os.listdir(path.parent)) == 2
+    writing.kill()
+    writing.wait(10)
+    assert [one.file.path for one in rank_file.all_files()] == [path]
+    written()
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_leftovers_go_when_copies_are_removed(writing: subprocess.Popen[str]) -> None:
+    rank_folder.remove_leftovers(rank_file.folder())
+    assert len(os.listdir(rank_file.folder())) == 1
+    writing.kill()
+    writing.wait(10)
+    rank_folder.remove_leftovers(rank_file.folder())
+    assert os.listdir(rank_file.folder()) == []
+
+
+def test_two_that_write_the_same_copy() -> None:
+    """Each beside the other: machines that share a disk may even have the same process number."""
+    image = image_of(4 * CELL_BYTES)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: rank_file.write(image, TABLE, key=KEY, label="x"), range(8)))
+    assert read() == image.tobytes()
+    assert len(os.listdir(rank_file.folder())) == 1
+
+
+def test_only_its_user_can_read_or_change_it() -> None:
+    before = os.umask(0)
+    try:
+        path, _ = written()
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (path, path.parent)] == [0o600, 0o700]
+
+
+@pytest.mark.parametrize("of", ["the folder", "the file"])
+def test_one_that_anybody_may_have_put_there(of: str) -> None:
+    path, image = written()
+    other = path.parent if of == "the folder" else path
+    mode = other.stat().st_mode
+    other.chmod(mode | stat.S_IWOTH)
+    with pytest.raises(BadWeightsFileError, match="every user can write to it") as raised:
+        read()
+    assert str(other) in str(raised.value)
+    other.chmod(mode | stat.S_IWGRP)  # as where a volume is given to the group of a service
+    assert read() == image.tobytes()
+
+
+@pytest.mark.parametrize("of", ["the folder", "the file"])
+def test_one_that_belongs_to_somebody_else(monkeypatch: pytest.MonkeyPatch, of: str) -> None:
+    path, _ = written()
+    other = path.parent if of == "the folder" else path
+    if os.geteuid() == 0:
+        os.chown(other, 4711, 4711)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    with pytest.raises(BadWeightsFileError, match="belongs to user"):
+        rank_file.find(KEY)
+    if of == "the folder":
+        with pytest.raises(BadWeightsFileError, match="XDG_CACHE_HOME"):
+            written()
+
+
+@pytest.mark.parametrize("label", ["m\udc80", "a\nb", "x" * 300, '"}', "\0"])
+def test_any_name_of_a_model(label: str) -> None:
+    path = rank_file.write(image_of(10), TABLE, key=KEY, label=label)
+    with safetensors.safe_open(path, framework="np") as file:
+        assert file.metadata()["key"] == KEY
+    found = rank_file.find(KEY)
+    assert found is not None
+    assert found.label == rank_file.label_of(label)
 
 
 def test_one_that_is_there_is_replaced_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,15 +79,16 @@ def _add_own(made: Mapping[str, argparse.ArgumentParser]) -> None:
     what.add_argument("--memory", action="store_true", help="only from memory")
     what.add_argument("--disk", action="store_true", help="only from the disk")
     made["rm"].add_argument("--yes", "-y", action="store_true", help="do not ask")
-    made["optimise"].add_argument(
+    what = made["optimise"].add_mutually_exclusive_group()
+    what.add_argument(
         "--tensor-parallel-size",
         "--tp",
         "-tp",
-        type=int,
+        type=_workers,
         metavar="N",
         help="fail unless the weights of so many workers are in memory",
     )
-    made["optimise"].add_argument("--remove", action="store_true", help="remove the model's copies instead")
+    what.add_argument("--remove", action="store_true", help="remove the model's copies instead")
     made["warm"].add_argument("--pin", action="store_true", help="and keep it there, as 'models pin' does")
     made["warm"].add_argument(
         "--weights-memory",
@@ -103,3 +104,9 @@ def _bytes(text: str) -> int:
         return parse_bytes(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _workers(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of workers, from 1 on")
+    return int(text)

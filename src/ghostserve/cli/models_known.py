@@ -13,6 +13,7 @@ from ghostserve.weights import hub
 from ghostserve.weights.cache import default_root, models_in
 from ghostserve.weights.places import is_folder
 from ghostserve.weights.pool import Pool
+from ghostserve.weights.pool_messages import NAME_CHARACTERS_MAX
 from ghostserve.weights.pool_types import EntryInfo, EntryState, ImageKind, PoolStats
 from ghostserve.weights.remote_names import checked_url, is_url
 
@@ -146,6 +147,7 @@ def find(model: str, download_dir: Path | None) -> Known:
     elif is_folder(model):
         folder = Path(model).expanduser()
         wanted |= {str(folder), str(folder.resolve())}
+    wanted |= {name[-NAME_CHARACTERS_MAX:] for name in wanted}  # as it is called in the pool
     rows, _, trouble = known_models(download_dir)
     if trouble is not None:
         print(f"ghostserve: memory: {trouble}", file=sys.stderr)

@@ -17,7 +17,9 @@ from ghostserve.errors import GhostserveError
 from ghostserve.weights import rank_file
 from ghostserve.weights.places import is_folder
 from ghostserve.weights.pool import Pool
+from ghostserve.weights.pool_messages import NAME_CHARACTERS_MAX
 from ghostserve.weights.pool_types import EntryInfo, EntryState, ImageKind
+from ghostserve.weights.rank_folder import remove_leftovers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; raises GhostserveError."""
     row = find(options.model, options.download_dir)
     if options.remove:
-        kept = _remove(names_of(options.model, row))
+        kept = _remove({rank_file.label_of(name) for name in names_of(options.model, row)})
         said = f"removed {kept.files} copies of {options.model}, {bytes_text(kept.nbytes)}"
     else:
         kept = _write(row, workers=options.tensor_parallel_size)
@@ -53,7 +55,7 @@ def names_of(model: str, row: Known) -> set[str]:
     names = {model, *row.labels, *(map(str, row.disk.snapshots) if row.disk else ())}
     if is_folder(model):
         names |= {str(Path(model).expanduser()), str(Path(model).expanduser().resolve())}
-    return names
+    return {name[-NAME_CHARACTERS_MAX:] for name in names}
 
 
 def _write(row: Known, *, workers: int | None) -> Kept:
@@ -80,6 +82,7 @@ def _is_rank_of(entry: EntryInfo, row: Known) -> bool:
 
 
 def _remove(names: set[str]) -> Kept:
+    remove_leftovers(rank_file.folder())
     files = [one.file for one in rank_file.all_files() if one.label in names]
     for file in files:
         file.path.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from ghostserve.engine.model_beside import Beside
 from ghostserve.engine.model_memory import Below, layout_of, why_not
 from ghostserve.errors import WeightsError
 from ghostserve.weights import rank_file
+from ghostserve.weights.bounded import STALL_S
 from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.pool import Follow, Hit, Lease, Outcome, Pool, Refused
 from ghostserve.weights.rank_image import Layout
@@ -123,12 +124,12 @@ def _use(model: nn.Module, layout: Layout, hit: Hit) -> str:
 def _kept_on_disk(layout: Layout, lease: Lease, wanted: Wanted) -> Hit | None:
     """The image out of its copy on the disk (`models optimise`), as if the pool had had it; None if there is no copy of use."""
     try:
-        kept = rank_file.find(wanted.key)
+        kept = rank_file.find(wanted.key, stall_s=FOLLOW_IN_RECOVERY_S if wanted.in_recovery else STALL_S)
         if kept is None:
             return None
-        layout.refuse_other(kept.table)
+        kept.refuse_other(layout)
     except (WeightsError, OSError) as error:
-        logger.warning("weights: the copy of this rank is not used: %s", error)
+        logger.warning("weights: the copy of this rank is not used; %s: %s", rank_file.AGAIN, error)
         return None
     try:
         mapped = Mapped(lease.fd, offset=0, length=layout.nbytes, shared=True)
@@ -136,7 +137,7 @@ def _kept_on_disk(layout: Layout, lease: Lease, wanted: Wanted) -> Hit | None:
         mapped.make_private(lease.fd)
     except (WeightsError, OSError) as error:
         lease.abandon()  # what is in its memory now is nobody's weights
-        logger.warning("weights: the copy of this rank is not used: %s", error)
+        logger.warning("weights: the copy of this rank is not used; %s: %s", rank_file.AGAIN, error)
         raise _Plain("the copy of this rank could not be read") from error
     published = lease.publish(layout.encode())
     if isinstance(published, Refused):

@@ -19,7 +19,7 @@ from ghostserve.errors import DiskFullError, RemoteError, WeightsReadError
 from ghostserve.weights.remote import NoRanges, Remote
 from ghostserve.weights.remote_names import RemoteFile
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_BYTES = 2**22
 SPARE_BYTES = 64 * 2**20
 """Left free on the disk: records, and what others write meanwhile."""
@@ -112,7 +112,7 @@ def demand_room(folder: Path, nbytes: int, *, model: str, options: str) -> None:
 
 def disk_full(error: OSError, path: Path, *, there: int, nbytes: int) -> DiskFullError | None:
     """What to say where the disk, or what we may have of it, is full; None for another error."""
-    if error.errno not in _NO_ROOM:
+    if error.errno not in NO_ROOM:
         return None
     return DiskFullError(
         f"{path}: {error.strerror} after {there} of {nbytes} bytes; make room for {nbytes - there} more in {path.parent} (or take "

@@ -14,24 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from ghostserve.errors import BadWeightsFileError, MissingShardError, WeightsError
+from ghostserve.errors import BadWeightsFileError, DiskFullError, MissingShardError, WeightsError
 from ghostserve.native.checksum import crc32
+from ghostserve.weights.bounded import STALL_S, answer_within
 from ghostserve.weights.cache_home import cache_home
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.destination import Bytes
-from ghostserve.weights.fetch import demand_room, disk_full
+from ghostserve.weights.fetch import NO_ROOM, demand_room
 from ghostserve.weights.header import LENGTH_BYTES
 from ghostserve.weights.mapping import Mapped
 from ghostserve.weights.model_files import WeightsFile, open_file
 from ghostserve.weights.pool import Hit, Pool, Refused
 from ghostserve.weights.pool_types import EntryInfo
 from ghostserve.weights.ranges import Range
+from ghostserve.weights.rank_folder import demand_ours, remove_leftovers, written_whole
+from ghostserve.weights.rank_image import Layout
 from ghostserve.weights.reader import read_ranges
 
 FORMAT = "1"
@@ -63,6 +66,16 @@ class RankFile:
     table: bytes
     checksums: Checksums
 
+    def refuse_other(self, layout: Layout) -> None:
+        """Raise WeightsError, naming the file, if it is not an image of this layout: by its table, and by its length."""
+        path, (image,) = self.file.path, self.file.header.tensors
+        try:
+            layout.refuse_other(self.table)
+        except WeightsError as error:
+            raise BadWeightsFileError(f"{path}: {error}") from error
+        if image.nbytes != layout.nbytes:
+            raise BadWeightsFileError(f"{path}: has {image.nbytes} bytes, not {layout.nbytes}")
+
     def read(self, into: memoryview) -> None:
         """All of the image, compared with its checksums. WeightsError by its kind; what is in `into` then is undefined."""
         (image,) = self.file.header.tensors
@@ -75,14 +88,25 @@ class RankFile:
         )
 
 
-def find(key: str) -> RankFile | None:
-    """The image with this key; None if there is none. WeightsError, naming the file and the flaw, if it is not in order."""
+def find(key: str, *, stall_s: float = STALL_S) -> RankFile | None:
+    """The image with this key; None if there is none, WeightsError, naming the file and the flaw, if it is not in order; OSError.
+
+    No longer than `stall_s`.
+    """
+    path = path_of(key)
     try:
-        found = open_rank_file(path_of(key))
+        found = answer_within(stall_s, partial(_open_ours, path), path)
     except MissingShardError:
         return None
     if found.file.header.metadata["key"] != key:
-        raise BadWeightsFileError(f"{found.file.path}: is the image of another key; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: is the image of another key")
+    return found
+
+
+def _open_ours(path: Path) -> RankFile:
+    found = open_rank_file(path)
+    for one in (path.parent, path):
+        demand_ours(one)
     return found
 
 
@@ -91,25 +115,23 @@ def open_rank_file(path: Path) -> RankFile:
     file = open_file(path)
     metadata, tensors = file.header.metadata, file.header.tensors
     if metadata.get("format") != FORMAT:
-        raise BadWeightsFileError(f"{path}: format {metadata.get('format')!r}, known is {FORMAT!r}; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: format {metadata.get('format', '')[:80]!r}, known is {FORMAT!r}")
     if missing := [name for name in ("key", "label", "table", "crc32") if name not in metadata]:
-        raise BadWeightsFileError(f"{path}: its metadata has no {missing[0]}; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: its metadata has no {missing[0]}")
     if [(one.name, one.dtype) for one in tensors] != [(TENSOR, "U8")]:
-        raise BadWeightsFileError(f"{path}: has not one tensor of bytes named {TENSOR!r}; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: has not one tensor of bytes named {TENSOR!r}")
     begin = tensors[0].begin
     if begin % CELL_BYTES:
-        raise BadWeightsFileError(
-            f"{path}: its image begins at {begin}, no multiple of {CELL_BYTES}; {AGAIN}"
-        )
+        raise BadWeightsFileError(f"{path}: its image begins at {begin}, no multiple of {CELL_BYTES}")
     sums = _sums(metadata["crc32"])
     cells = -(-(file.nbytes - begin) // CELL_BYTES)
     if sums is None or len(sums) != cells:
-        raise BadWeightsFileError(f"{path}: its crc32 are not {cells} checksums; {AGAIN}")
+        raise BadWeightsFileError(f"{path}: its crc32 are not {cells} checksums")
     known = [*[None] * (begin // CELL_BYTES), *sums]
     return RankFile(
         file=file,
         label=metadata["label"],
-        table=metadata["table"].encode(),
+        table=metadata["table"].encode(errors="replace"),  # half a character is valid JSON, and in no table
         checksums=Checksums(path, file.nbytes, known),
     )
 
@@ -139,25 +161,28 @@ def write(image: Bytes, table: bytes, *, key: str, label: str, into: Path | None
     """Keep an image on the disk, whole or not at all. Raises WeightsError, OSError."""
     path = (into or folder()) / path_of(key).name
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    demand_ours(path.parent)
+    remove_leftovers(path.parent)
     header = _header(image, table, key=key, label=label)
     nbytes = len(header) + image.size
     demand_room(path.parent, nbytes, model=label, options="XDG_CACHE_HOME")
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        with new.open("wb") as file:
+        with written_whole(path) as file:
             file.write(header)
             for begin in range(0, image.size, 16 * CELL_BYTES):
                 file.write(image[begin : begin + 16 * CELL_BYTES].data)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
     except OSError as error:
-        if (full := disk_full(error, path, there=0, nbytes=nbytes)) is not None:
-            raise full from error
+        if error.errno in NO_ROOM:
+            raise DiskFullError(
+                f"{path}: {error.strerror}: it takes {nbytes} bytes; make room, or take another folder with XDG_CACHE_HOME"
+            ) from error
         raise
-    finally:
-        new.unlink(missing_ok=True)
     return path
+
+
+def label_of(model: str) -> str:
+    """How a copy names its model: in characters that any reader of safetensors takes, whatever the name of its folder is made of."""
+    return model.encode(errors="replace").decode()
 
 
 def _header(image: Bytes, table: bytes, *, key: str, label: str) -> bytes:
@@ -165,7 +190,13 @@ def _header(image: Bytes, table: bytes, *, key: str, label: str) -> bytes:
         f"{crc32(image[begin : begin + CELL_BYTES]):0{_CRC_DIGITS}x}"
         for begin in range(0, image.size, CELL_BYTES)
     )
-    metadata = {"format": FORMAT, "key": key, "label": label, "table": table.decode(), "crc32": sums}
+    metadata = {
+        "format": FORMAT,
+        "key": key,
+        "label": label_of(label),
+        "table": table.decode(),
+        "crc32": sums,
+    }
     tensor = {"dtype": "U8", "shape": [image.size], "data_offsets": [0, image.size]}
     text = json.dumps({"__metadata__": metadata, TENSOR: tensor}).encode()
     length = -(-(LENGTH_BYTES + len(text)) // CELL_BYTES) * CELL_BYTES - LENGTH_BYTES

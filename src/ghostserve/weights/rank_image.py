@@ -22,6 +22,7 @@ LAYOUT_VERSION = 1
 PAGE_BYTES = 4096
 ALIGN_BYTES = 64  # as torch's allocator; kernels choose by it
 LARGE_BYTES = 64 << 10
+UNREADABLE = "its table cannot be read"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +65,23 @@ class Layout:
 
     def refuse_other(self, table: bytes) -> None:
         """Raise WeightsError if an image with this table is not one of this model."""
-        ours, theirs = json.loads(self.encode()), _decoded(table)
+        try:
+            self._refuse_other(_decoded(table))
+        except RecursionError:  # of comparing, or of printing, what is nested deeply
+            raise WeightsError(UNREADABLE) from None
+
+    def _refuse_other(self, theirs: dict[str, Any]) -> None:
+        ours = json.loads(self.encode())
         for what in ("version", "nbytes"):
             if ours[what] != theirs.get(what):
-                raise WeightsError(f"its {what} is {theirs.get(what)}, not {ours[what]}")
-        for mine, other in zip(ours["parameters"], theirs.get("parameters", ()), strict=False):
+                raise WeightsError(f"its {what} is {_short(theirs.get(what))}, not {ours[what]}")
+        others = theirs.get("parameters")
+        if not isinstance(others, list):
+            raise WeightsError(UNREADABLE)
+        for mine, other in zip(ours["parameters"], others, strict=False):
             if mine != other:
-                raise WeightsError(f"it has {other} where the model has {mine}")
-        if len(ours["parameters"]) != len(theirs.get("parameters", ())):
+                raise WeightsError(f"it has {_short(other)} where the model has {mine}")
+        if len(ours["parameters"]) != len(others):
             raise WeightsError("it has another number of parameters")
 
 
@@ -106,8 +116,12 @@ def _up(value: int, multiple: int) -> int:
 def _decoded(table: bytes) -> dict[str, Any]:
     try:
         decoded = json.loads(table)
-    except ValueError:
+    except (ValueError, RecursionError):
         decoded = None
     if not isinstance(decoded, dict):
-        raise WeightsError("its table cannot be read")
+        raise WeightsError(UNREADABLE)
     return decoded
+
+
+def _short(value: object) -> str:
+    return str(value)[:200]
