@@ -33,12 +33,18 @@ WAYS = [True, False, None]
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    """No thread and no descriptor outlives a read."""
-    gc.collect()  # what others left goes now, not meanwhile
-    before, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    """No thread and no descriptor outlives a read. Those of other tests may end meanwhile."""
+    gc.collect()
+    before, threads = open_files(), set(threading.enumerate())
     yield
     assert [thread.name for thread in set(threading.enumerate()) - threads] == []
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() - before == set()
+
+
+def open_files() -> set[tuple[str, str]]:
+    """Descriptor and what it is open on."""
+    places = [Path("/proc/self/fd") / fd for fd in os.listdir("/proc/self/fd")]
+    return {(place.name, os.readlink(place)) for place in places if place.is_symlink()}
 
 
 def whole(path: Path, **order: object) -> tuple[bytes, ReadStats, list[int]]:
