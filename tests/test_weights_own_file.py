@@ -197,12 +197,13 @@ def test_a_disk_that_hangs_is_noticed_while_others_wait_for_leave(
 
 
 def test_closed_while_it_waits_for_leave(long_file: WeightsFile, small: Callable[..., None]) -> None:
+    before = set(threading.enumerate())
     one = arrive(long_file, MANY)
     one.get(*spans_of(long_file, MANY)[0])
     began_s = monotonic_s()
     one.close()
     assert monotonic_s() - began_s < arriving.LEAVE_S
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ghostserve-")]
+    assert set(threading.enumerate()) <= before
 
 
 def test_what_was_given_away_is_not_there_again(long_file: WeightsFile, small: Callable[..., None]) -> None:
