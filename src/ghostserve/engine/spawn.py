@@ -31,7 +31,7 @@ from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle, WorkerP
 from ghostserve.arena.control import ControlPage, Mark
 from ghostserve.arena.handoff import ARENA_ADDRESS_ENV, fetch_segments
 from ghostserve.clock import monotonic_s, sleep_s
-from ghostserve.engine import load_format, logs
+from ghostserve.engine import load_format, logs, rotary
 from ghostserve.engine.process import WatchedProcess, start_within
 from ghostserve.engine.weights_identity import ask_no_hub
 
@@ -200,6 +200,7 @@ def _stand_by(start: WorkerStart, orders: Connection) -> Place:
     load_general_plugins()
     current_platform.register_triton_kernel_overrides()
     resolve_obj_by_qualname(start.vllm_config.parallel_config.worker_cls)
+    rotary.prepare(start.vllm_config)
     for segment in fetch_segments(os.environ[ARENA_ADDRESS_ENV], timeout_s=10.0).values():
         segment.close()
     try:
