@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from ghostserve.cli.bench_load_cache import drop, resident_pages
 from ghostserve.weights import pool_start, runtime_dir
 from real import kit
 from real.kit import Ask, Served, assert_rebuilt, assert_same
-from real.page_cache import cached_bytes, forget, read_from_disk_bytes
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -89,12 +89,18 @@ def lose(served: Served) -> dict[str, Any]:
     return report
 
 
+def read_from_disk_bytes(pid: int) -> int:
+    """What the process has had the disk read since it began."""
+    for line in Path(f"/proc/{pid}/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise ValueError(f"/proc/{pid}/io has no read_bytes")
+
+
 def lose_with_a_cold_cache(served: Served, model: Path) -> int:
     """What the replacement had the disk read, nothing of the weights being cached before."""
     served.reference(ASK)
-    for shard in shards(model):
-        forget(shard)
-    assert [cached_bytes(shard) for shard in shards(model)] == [0] * len(shards(model))
+    drop(shards(model))
     report = lose(served)
     show(served, report)
     return read_from_disk_bytes(served.server.status()["ranks"][1]["pid"])
@@ -103,7 +109,7 @@ def lose_with_a_cold_cache(served: Served, model: Path) -> int:
 def test_no_disk(pooled: Served, model: Path) -> None:
     before = said(pooled, OUT_OF_THE_POOL)
     read = lose_with_a_cold_cache(pooled, model)
-    assert [cached_bytes(shard) for shard in shards(model)] == [0] * len(shards(model))
+    assert [resident_pages(shard) for shard in shards(model)] == [0] * len(shards(model))
     assert said(pooled, OUT_OF_THE_POOL) == before + 1
     assert read < sum(shard.stat().st_size for shard in shards(model)) // 4
 

@@ -29,12 +29,12 @@ from ghostserve.weights.checksums import Checksums
 from ghostserve.weights.model_files import CONVERT, ModelFiles, WeightsFile, demand_complete, open_files
 from ghostserve.weights.own_file import OwnFile
 from ghostserve.weights.pool import TIMEOUT_S, Pool
+from ghostserve.weights.pool_messages import NAME_CHARACTERS_MAX
 from ghostserve.weights.pooled_file import PooledFile
 from ghostserve.weights.rank_image import image_key
 from ghostserve.weights.recycled import Recycler
 
 RECOVERY_TIMEOUT_S = 0.5  # clients wait for the answer meanwhile
-LABEL_CHARACTERS_MAX = 256
 
 
 class GhostModelLoader(DefaultModelLoader):
@@ -54,7 +54,7 @@ class GhostModelLoader(DefaultModelLoader):
     counter_before_loading_weights: float
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        self._fresh, self._label = vllm_config, str(model_config.model)[-LABEL_CHARACTERS_MAX:]
+        self._fresh, self._label = vllm_config, str(model_config.model)[-NAME_CHARACTERS_MAX:]
         return super().load_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:

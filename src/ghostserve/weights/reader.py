@@ -33,7 +33,7 @@ LEAVE_S = 5.0
 
 @dataclass(slots=True, kw_only=True)
 class ReadStats:
-    """How it went. Seconds of threads are sums over all of them, so they can exceed `wall_s`."""
+    """How it went."""
 
     wall_s: float = 0.0
     bytes_wanted: int = 0
@@ -44,9 +44,6 @@ class ReadStats:
     bytes_copied: int = 0
     """Of those wanted, not read in place."""
     reads: int = 0
-    read_s: float = 0.0
-    checksum_s: float = 0.0
-    copy_s: float = 0.0
 
     def add(self, other: ReadStats) -> None:
         """Take the counts of another one, of the next file or of a thread, in."""
@@ -242,13 +239,9 @@ class _Job:
         return None if place is None or (self._source.direct and place.ctypes.data % ALIGN_BYTES) else place
 
     def _read(self, chunk: Chunk, into: Bytes, stats: ReadStats) -> None:
-        began = clock.monotonic_s()
         stats.bytes_direct += self._source.read(chunk.offset, into.data, self._moved)
-        read = clock.monotonic_s()
         if self._verify is not None:
             self._verify.check(chunk.offset, into)
-            stats.checksum_s += clock.monotonic_s() - read
-        stats.read_s += read - began
         stats.reads += 1
         stats.bytes_read += chunk.nbytes
 
@@ -259,11 +252,9 @@ class _Job:
     def _copy(self, chunk: Chunk, staging: Bytes, stats: ReadStats) -> None:
         if self._target is None:
             return
-        began = clock.monotonic_s()
         for piece in chunk.pieces:
             self._target.put(piece.target, staging[piece.source : piece.source + piece.nbytes])
             stats.bytes_copied += piece.nbytes
-        stats.copy_s += clock.monotonic_s() - began
 
     def _moved(self, nbytes: int) -> None:
         self._moves += nbytes

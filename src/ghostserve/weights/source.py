@@ -187,15 +187,6 @@ class Source:
         return bool(_cached_pages(self._address + begin, offset + nbytes - begin).all())
 
 
-def cached_bytes(path: Path) -> int:
-    """How much of a file is in the page cache, in whole pages but at its end. Only asked of a file of one's own is it the truth."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        data = np.frombuffer(mapped, dtype=np.uint8)
-        address, nbytes = data.ctypes.data, data.size
-        del data
-        return min(nbytes, int(_cached_pages(address, nbytes).sum()) * mmap.PAGESIZE)
-
-
 def _cached_pages(address: int, nbytes: int) -> npt.NDArray[np.bool_]:
     """Of a mapping at a page's beginning: which of its pages are cached; none if the kernel does not say."""
     pages = np.zeros(-(-nbytes // mmap.PAGESIZE), dtype=np.uint8)
