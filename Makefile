@@ -21,7 +21,8 @@ ui: install
 	@.venv/bin/ghostserve demo --stay
 
 test: test-fast
-	@scripts/test -m "(real or long) and not slow"
+	@scripts/test -n 2 --dist loadfile --ignore tests/real -m "long and not real and not slow"
+	@scripts/test -m "real and not slow"
 
 test-fast: lint
 	@scripts/programs

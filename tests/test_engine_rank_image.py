@@ -25,6 +25,8 @@ from ghostserve.weights.rank_file import open_rank_file
 from weights_kit import flip_byte
 from weights_pool_kit import Place, eventually
 
+pytestmark = pytest.mark.long
+
 ROWS = 300  # times 256 floats: large, with pages of its own
 
 

@@ -19,6 +19,8 @@ from ghostserve.testing.fake_engine import FakeEngine
 from ghostserve.web.metric_table import METRICS
 from ghostserve.web.metrics import PageCollector
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES, RULES_TEST = PROMETHEUS / "ghostserve.rules.yml", PROMETHEUS / "ghostserve.rules.test.yml"

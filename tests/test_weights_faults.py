@@ -25,6 +25,8 @@ from external import not_run
 from ghostserve.weights.ranges import ALIGN_BYTES
 from weights_kit import flip_byte, write_bytes_file
 
+pytestmark = pytest.mark.long
+
 TESTS = Path(__file__).parent
 CHUNK = 64 << 10
 NBYTES = 20 * CHUNK + 777

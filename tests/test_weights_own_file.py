@@ -30,6 +30,8 @@ from ghostserve.weights.recycled import Recycler
 from ghostserve.weights.source import Source
 from weights_kit import write_weights
 
+pytestmark = pytest.mark.long
+
 TENSORS = {f"t{number}": ("U8", [size]) for number, size in enumerate((5, 1 << 20, 0, 3, 9 << 20, 4096))}
 
 

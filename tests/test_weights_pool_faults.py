@@ -21,6 +21,8 @@ from ghostserve.weights.pool_start import launch, stop_holder
 from ghostserve.weights.pool_types import EntryState, ImageKind
 from weights_pool_kit import BUDGET_BYTES, Actor, Place, eventually
 
+pytestmark = pytest.mark.long
+
 MIB = 1 << 20
 WANTED = ("k", 4 * MIB, "rank", "m")
 DEADLINE_S = 0.3

@@ -28,6 +28,8 @@ from ghostserve.weights import rank_file, rank_folder
 from ghostserve.weights.checksums import CELL_BYTES
 from weights_kit import flip_byte, raw
 
+pytestmark = pytest.mark.long
+
 KEY = "rank-" + "5a" * 32
 TABLE = b'{"version": 1}'
 

@@ -39,6 +39,8 @@ from ghostserve.weights.remote_names import (
 )
 from model_server import ModelServer, serving, tiny_model
 
+pytestmark = pytest.mark.long
+
 WEIGHTS = "model.safetensors"
 QUICK = Patience(request_s=5.0, retries=2, retry_s=5.0)
 

@@ -15,6 +15,8 @@ from ghostserve.weights.remote import Remote, profile_credentials
 from model_server import tiny_model
 from s3_kit import BUCKET, URL, Store, bucket, serving
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("boto3")
 WEIGHTS = "model.safetensors"
 

@@ -28,6 +28,8 @@ from weights_pool_kit import Place
 from weights_tiers_kit import LARGE, WAYS, Files, Remotes, Spans, Tier, Way, make_files
 from weights_tiers_promises import CHANGES, KIB, Change, Pread
 
+pytestmark = pytest.mark.long
+
 Make = Callable[..., Tier]
 
 
