@@ -14,8 +14,11 @@ import mmap
 import os
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,17 @@ MEMORIES = {
     "new": "memory for the whole file",
     "the pool's": "shared memory for the whole file, as a load needs that fills the pool",
 }
+
+
+BESIDE = "disk, memory read beside"
+READS_MEMORY = """
+import numpy as np
+from ghostserve.native.checksum import crc32
+memory = np.ones(256 << 20, dtype=np.uint8)
+print(flush=True)
+while True:
+    crc32(memory)
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +104,18 @@ def ceiling(path: Path, depth: Depth) -> Sample:
         return timed(path.stat().st_size, read)
 
 
+@contextmanager
+def memory_read_beside() -> Iterator[None]:
+    """A process reads memory, more than its caches hold, and touches no disk: what a checksum of what was read does, too."""
+    with subprocess.Popen([sys.executable, "-c", READS_MEMORY], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+
+
 def load(path: Path, *, verify: Checksums | None = None) -> Sample:
     """Every tensor taken, a byte of each page looked at, and dropped."""
 
@@ -134,6 +160,8 @@ def rounds_of(path: Path, rounds: int) -> Iterator[tuple[int, dict[str, Sample]]
         found: dict[str, Sample] = {}
         drop([path])
         found["disk"] = ceiling(path, AS_READER)
+        with memory_read_beside():
+            found[BESIDE] = ceiling(path, AS_READER)
         for kind in ("cold", "warm"):
             for checked in (False, True) if number % 2 else (True, False):
                 (drop if kind == "cold" else fill)([path])
@@ -204,7 +232,7 @@ def markdown(found: Sequence[dict[str, Sample]], table: list[list[str]]) -> str:
     return "\n".join(
         (
             f"One file of {found[0]['disk'].nbytes / 1e9:.2f} GB, medians of {len(found)} rounds. *disk*: direct reads into memory "
-            "that is there already; *warm*: out of the page cache.\n",
+            "that is there already; *memory read beside*: while another process does nothing but read memory; *warm*: out of the page cache.\n",
             results.table(["", "s", "GB/s", "of the disk's ceiling", "CPU s"], rows),
             "",
             *(f"- to memory, {memory}: {what}" for memory, what in MEMORIES.items()),

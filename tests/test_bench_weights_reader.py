@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import weights_reader
-from weights_reader import MEMORIES, Sample, cost, make_file, rounds_of
+from weights_reader import BESIDE, MEMORIES, Sample, cost, make_file, rounds_of
 
 from ghostserve.cli.bench_load_cache import PAGE_BYTES, resident_pages
 
@@ -27,6 +27,7 @@ def test_what_is_cold_or_warm_is_so_when_it_is_read(tmp_path: Path, monkeypatch:
     whole = -(-path.stat().st_size // PAGE_BYTES)
     assert dict(zip(found, cached, strict=True)) == {
         "disk": 0,
+        BESIDE: 0,
         "cold, checked": 0,
         "cold, unchecked": 0,
         "warm, checked": whole,
@@ -63,6 +64,7 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (document,) = (json.loads(path.read_text()) for path in tmp_path.glob("weights-reader-*.json"))
     assert set(document["rounds"][0]) == {
         "disk",
+        BESIDE,
         *(f"{kind}, {how}" for kind in ("cold", "warm") for how in ("checked", "unchecked")),
         *(f"to memory: {memory}" for memory in MEMORIES),
     }
