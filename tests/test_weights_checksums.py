@@ -15,6 +15,7 @@ import pytest
 
 from ghostserve.errors import BadWeightsFileError, CorruptionError, WeightsChecksumError, WeightsError
 from ghostserve.weights import checksum_file
+from ghostserve.weights.cache_home import NO_HOME
 from ghostserve.weights.checksum_file import ChecksumFile, default_folder
 from ghostserve.weights.checksums import CELL_BYTES, Checksums
 from ghostserve.weights.model_files import open_model
@@ -168,6 +169,21 @@ def test_they_lie_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_folder() == tmp_path / "home" / ".cache" / "ghostserve" / "weights"
+
+
+def test_a_user_without_a_home_loads_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user id that no passwd knows."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert default_folder() == NO_HOME / ".cache" / "ghostserve" / "weights"
+    assert not ChecksumFile(open_model(folder)).complete
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------

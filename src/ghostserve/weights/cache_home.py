@@ -6,10 +6,19 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+NO_HOME = Path("/nonexistent")
+"""As Debian's passwd has it."""
+
 
 def cache_home(environment: Mapping[str, str] = os.environ) -> Path:
-    """`$XDG_CACHE_HOME/ghostserve`; below `~/.cache` where that names no folder, or not by its whole path."""
-    home = Path(environment.get("XDG_CACHE_HOME") or "")
-    if not home.is_absolute():
-        home = Path.home() / ".cache"
-    return home / "ghostserve"
+    """`$XDG_CACHE_HOME/ghostserve`; below `~/.cache` where that names no folder, or not by its whole path.
+
+    For a user without a home (an id of a container's, and no HOME) it is where nothing is to be found and nothing can be kept.
+    """
+    cache = Path(environment.get("XDG_CACHE_HOME") or "")
+    if not cache.is_absolute():
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:
+            cache = NO_HOME / ".cache"
+    return cache / "ghostserve"
