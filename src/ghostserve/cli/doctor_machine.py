@@ -19,6 +19,7 @@ from ghostserve.engine.leftovers import run_root
 from ghostserve.engine.settings import STANDBY_NEEDS_BYTES, Settings, memory_limit_bytes
 from ghostserve.engine.unix_socket import is_stale
 from ghostserve.errors import UsageError
+from ghostserve.weights.cache_home import user_home
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 SHARED_MEMORY = Path("/dev/shm")
@@ -151,7 +152,7 @@ def _unix_socket(path: str) -> Finding:
 
 def check_disk(_subject: Subject, *, environment: Mapping[str, str] = os.environ) -> list[Finding]:
     """Room, and the right to write, where caches, sockets and logs go."""
-    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(environment.get("XDG_CACHE_HOME") or user_home() / ".cache")
     places = {
         "vLLM's cache": Path(environment.get("VLLM_CACHE_ROOT") or cache / "vllm"),
         "temporary files": Path(tempfile.gettempdir()),

@@ -12,8 +12,9 @@ from ghostserve.cli.doctor_machine import weights_bytes
 from ghostserve.cli.units import bytes_text
 from ghostserve.codec.matrix import check_size
 from ghostserve.errors import UsageError
-from ghostserve.weights.cache import ModelCache, default_root, offline
-from ghostserve.weights.remote_names import checked_url, is_url
+from ghostserve.weights.cache import cache_of, offline
+from ghostserve.weights.cache_home import user_home
+from ghostserve.weights.remote_names import is_url
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json")
 
@@ -41,7 +42,7 @@ def check_model(subject: Subject) -> list[Finding]:
 def _by_id(model: str) -> Finding:
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         return fail("model", f"{model}: no such folder", "name a folder that exists, or a Hugging Face id")
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    home = Path(os.environ.get("HF_HOME") or user_home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
     if any(snapshots.glob("*/config.json")):
@@ -56,7 +57,7 @@ def _by_id(model: str) -> Finding:
 
 
 def _by_url(model: str) -> Finding:
-    cache = ModelCache(default_root(), checked_url(model))
+    cache = cache_of(model)
     if cache.current() is not None:
         return ok("model", f"{model} is in {cache.folder}")
     remedy = f"'ghostserve models pull {model}' first, for a start that needs no network"

@@ -11,14 +11,16 @@ NO_HOME = Path("/nonexistent")
 
 
 def cache_home(environment: Mapping[str, str] = os.environ) -> Path:
-    """`$XDG_CACHE_HOME/ghostserve`; below `~/.cache` where that names no folder, or not by its whole path.
-
-    For a user without a home (an id of a container's, and no HOME) it is where nothing is to be found and nothing can be kept.
-    """
+    """`$XDG_CACHE_HOME/ghostserve`; below `~/.cache` where that names no folder, or not by its whole path."""
     cache = Path(environment.get("XDG_CACHE_HOME") or "")
     if not cache.is_absolute():
-        try:
-            cache = Path.home() / ".cache"
-        except RuntimeError:
-            cache = NO_HOME / ".cache"
+        cache = user_home() / ".cache"
     return cache / "ghostserve"
+
+
+def user_home() -> Path:
+    """For a user without one (an id of a container's, and no HOME) it is where nothing is found and nothing can be kept."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return NO_HOME

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,6 +26,7 @@ from obstore.exceptions import (
 from obstore.store import HTTPStore, from_url
 
 from ghostserve.errors import BadWeightsFileError, RemoteError, UsageError, WeightsChangedError
+from ghostserve.weights.cache_home import user_home
 from ghostserve.weights.remote_names import INDEX, PROBED, RemoteFile, checked_name, choose, shards
 
 CHUNK_BYTES = 8 * 2**20
@@ -223,7 +223,7 @@ def profile_credentials(environment: Mapping[str, str]) -> Any:
     profile = environment.get("AWS_PROFILE")
     if environment.get("AWS_ACCESS_KEY_ID") or environment.get("AWS_SKIP_SIGNATURE"):
         return None
-    if not profile and not Path("~/.aws/credentials").expanduser().exists():
+    if not profile and not (user_home() / ".aws" / "credentials").exists():
         return None
     try:
         import boto3
