@@ -49,6 +49,7 @@ def strike(page: Visit, served: kit.Served, button: str, deed: str = "was killed
     try:
         page.ask(TOKENS)
         page.wait_tokens(STRUCK_AT - 10)  # the last ones may wait for text that makes them whole
+        served.wait_paused()
         page.page.get_by_role("button", name=button).focus()
         page.page.keyboard.press("Enter")  # a click would wait until nothing moves any more
         page.shows("#notice", deed)
