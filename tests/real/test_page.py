@@ -13,7 +13,7 @@ from real import kit
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 ADMIN_KEY = "chief"
-TOKENS, STRUCK_AT = 1000, 250
+TOKENS, STRUCK_AT = 500, 125
 
 
 @pytest.fixture(scope="module")
