@@ -15,6 +15,8 @@ from ghostserve.testing.client import stream_completion
 from ghostserve.testing.server import ServerProcess
 from ghostserve.web.admin import AdminClient, Tls
 
+pytestmark = pytest.mark.long
+
 FAKE = [sys.executable, "-m", "ghostserve.testing.fake_server", "--token-s", "0.002", "--outage-s", "0.2"]
 
 

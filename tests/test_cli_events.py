@@ -27,6 +27,8 @@ from ghostserve.testing.server import ServerProcess, free_port
 from ghostserve.web import events_client
 from ghostserve.web.admin import AdminClient
 
+pytestmark = pytest.mark.long
+
 FAKE = [sys.executable, "-m", "ghostserve.testing.fake_server", "--token-s", "0.002", "--outage-s", "0.1"]
 PHASES = {"detect": 1.0, "spawn": 200.0}
 FILE = [

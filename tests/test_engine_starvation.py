@@ -15,6 +15,8 @@ from ghostserve.engine import starvation
 from ghostserve.engine.starvation import Starvation, ThreadTimes, thread_times_s
 from ghostserve.recovery.detector import LOOK_MAX_S
 
+pytestmark = pytest.mark.long
+
 MAIN, OTHER, THIRD = 7, 8, 9
 
 

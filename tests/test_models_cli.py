@@ -28,6 +28,8 @@ from ghostserve.weights.pull import pull
 from model_server import COMMIT, MODEL, ModelServer, serving, tiny_model
 from weights_kit import write_weights
 
+pytestmark = pytest.mark.long
+
 WEIGHTS = "model.safetensors"
 BUDGET_BYTES = 64 * 2**20
 

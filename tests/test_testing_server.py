@@ -26,6 +26,8 @@ from ghostserve.testing.oracle import compare_choices
 from ghostserve.testing.server import OFFLINE_ENV, ServerProcess, free_port, server_environment
 from ghostserve.web.admin import AdminClient, error_sentence
 
+pytestmark = pytest.mark.long
+
 FAKE = [sys.executable, "-m", "ghostserve.testing.fake_server", "--token-s", "0.002", "--outage-s", "0.2"]
 
 

@@ -25,6 +25,8 @@ from ghostserve.testing.fake_server import build_app
 from ghostserve.web import events_route
 from ghostserve.web.response_metrics import ResponseMetrics
 
+pytestmark = pytest.mark.long
+
 LOCAL = ("127.0.0.1", 50000)
 
 
