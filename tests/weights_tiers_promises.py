@@ -125,7 +125,7 @@ def who_stops_in_the_middle_leaves_nothing(tier: Tier, files: Files) -> None:
     kept = [next(load) for _ in range(3)]
     load.close()  # type: ignore[attr-defined]
     assert set(threading.enumerate()) <= threads
-    assert descriptors() == before
+    assert descriptors() <= before
     demand_model(kept, {name: right[name] for name, _ in kept})
 
 
