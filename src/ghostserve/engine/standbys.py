@@ -105,9 +105,11 @@ class Standbys:
             try:
                 if not busy():
                     self.keep()
-            except Exception:  # a recovery does without
+            except (
+                Exception
+            ):  # a recovery does without; a fork server that is gone is a new one at the next try
                 logger.exception("no standby could be started")
-                self._quiet_until_s = monotonic_s() + DEATHS_WINDOW_S
+                self._note_death(monotonic_s())
 
     def keep(self) -> None:
         """Start what is missing, note who waits, clear away who is dead."""
@@ -176,11 +178,17 @@ class Standbys:
         self._standbys.remove(standby)
         standby.end()
         self._on_death()
+        self._note_death(now_s)
+
+    def _note_death(self, now_s: float) -> None:
+        """One that ended, or could not be started: too many of them, and none is started for a while."""
         self._deaths.append(now_s)
         while self._deaths[0] < now_s - DEATHS_WINDOW_S:
             self._deaths.popleft()
         if len(self._deaths) >= DEATHS_MAX:
-            logger.error("%d standbys died in %g s: none for as long", DEATHS_MAX, DEATHS_WINDOW_S)
+            logger.error(
+                "%d standbys died or did not start in %g s: none for as long", DEATHS_MAX, DEATHS_WINDOW_S
+            )
             self._deaths.clear()
             self._quiet_until_s = now_s + DEATHS_WINDOW_S
 
