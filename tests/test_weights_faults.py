@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from external import not_run
+from ghostserve.weights.checksums import CELL_BYTES
 from ghostserve.weights.ranges import ALIGN_BYTES
 from weights_kit import flip_byte, write_bytes_file
 
@@ -173,7 +174,7 @@ def test_a_file_that_changes_while_it_is_read(
 ) -> None:
     path, digest = file
     change, words = CHANGES[name]
-    child = start(path, faults, "model.safetensors:slow:0:50", direct=direct)
+    child = start(path, faults, "model.safetensors:slow:0:100", direct=direct)
     assert child.stdout is not None
     assert child.stdout.readline().startswith("ready ")
     change(path)
@@ -189,9 +190,11 @@ def test_a_file_that_changes_while_it_is_read(
 # ---- a reader is killed ----------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_is_killed_leaves_nothing_behind(file: tuple[Path, str], faults: Path) -> None:
-    path, digest = file
-    child = start(path, faults, "model.safetensors:slow:0:50", checked=True)
+def test_a_reader_that_is_killed_leaves_nothing_behind(tmp_path: Path, faults: Path) -> None:
+    """It hangs in its third cell meanwhile, so that it cannot be done before."""
+    path = tmp_path / "model.safetensors"
+    digest = hashlib.sha256(write_bytes_file(path, 3 * CELL_BYTES)).hexdigest()
+    child = start(path, faults, f"model.safetensors:hang:{2 * CELL_BYTES + 5}:0", checked=True)
     assert child.stdout is not None
     assert child.stdout.readline().startswith("ready ")
     assert "/dev/shm/" not in Path(f"/proc/{child.pid}/maps").read_text()  # memory with a name would stay
