@@ -102,7 +102,7 @@ def bind_cpus() -> str:
     return "|".join(str(cpus[rank % len(cpus)]) for rank in range(TENSOR_PARALLEL))
 
 
-def _mapped_segments(server: ServerProcess) -> set[Path]:
+def mapped_segments(server: ServerProcess) -> set[Path]:
     """The named shared-memory segments that the server's processes have mapped now."""
     found: set[Path] = set()
     for mark in server.processes:
@@ -165,7 +165,7 @@ class Servers:
     def note(self, server: ServerProcess) -> None:
         """Remember processes and segments of a server, e.g. before some of them are killed."""
         server.record_processes()
-        self._segments.setdefault(server.port, set()).update(_mapped_segments(server))
+        self._segments.setdefault(server.port, set()).update(mapped_segments(server))
 
     def stop(self, server: ServerProcess) -> None:
         """End it, whatever state it is in, and remove what it left."""

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import save_file
+from servers import mapped_segments
 
 from ghostserve.testing.server import ServerProcess, ghostserve_command
 from ghostserve.weights import pool_start, runtime_dir
@@ -62,15 +63,20 @@ def answers(directory: Path, load_format: str, adapter: Path) -> dict[str, list[
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # vLLM's own workers want a NUMA node each
         runtime_dir.RUNTIME_DIR_ENV: str(pool),
     }
+    segments: set[Path] = set()
     try:
         with ServerProcess(command, log_dir=directory, env=environment) as server:
             server.start()
             server.wait_ready(timeout_s=240)
+            server.record_processes()
+            segments = mapped_segments(server)
             return {
                 model: [ask(server, model, prompt) for prompt in PROMPTS] for model in ("tiny", "adapter")
             }
     finally:
         pool_start.stop_holder(pool)
+        for segment in segments:  # vLLM's own workers leave what they have in /dev/shm
+            segment.unlink(missing_ok=True)
 
 
 def ask(server: ServerProcess, model: str, prompt: str) -> Any:
