@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ghostserve.clock import sleep_s
 from ghostserve.engine import standbys as module
 from ghostserve.engine.spawn import StartedProcess
 from ghostserve.engine.standbys import DEATHS_MAX, Standbys
+from weights_pool_kit import eventually
 
 
 class Starter:
@@ -38,19 +39,11 @@ def kept(monkeypatch: pytest.MonkeyPatch, starter: Starter) -> Standbys:
     return standbys
 
 
-def wait_for(condition: Any) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("it does not come")
-
-
 def test_a_start_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     starter = Starter(failures=1)
     standbys = kept(monkeypatch, starter)
     try:
-        wait_for(standbys.describe)
+        eventually(standbys.describe)
         assert starter.tries == 2
     finally:
         standbys.close()
@@ -60,8 +53,8 @@ def test_one_that_fails_again_and_again_is_left_alone_for_a_while(monkeypatch: p
     starter = Starter(failures=1000)
     standbys = kept(monkeypatch, starter)
     try:
-        wait_for(lambda: starter.tries == DEATHS_MAX)
-        threading.Event().wait(0.2)  # twenty periods
+        eventually(lambda: starter.tries == DEATHS_MAX)
+        sleep_s(0.2)  # twenty periods, in which nothing is to happen
         assert starter.tries == DEATHS_MAX
     finally:
         standbys.close()

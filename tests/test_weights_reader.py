@@ -24,7 +24,7 @@ from ghostserve.weights.model_files import open_model
 from ghostserve.weights.ranges import Range, packed
 from ghostserve.weights.reader import ReadStats, read_ranges
 from ghostserve.weights.source import Source
-from weights_kit import write_bytes_file, write_weights
+from weights_kit import open_files, write_bytes_file, write_weights
 
 PAGE = mmap.PAGESIZE
 CHUNK = 64 << 10
@@ -39,12 +39,6 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     assert [thread.name for thread in set(threading.enumerate()) - threads] == []
     assert open_files() - before == set()
-
-
-def open_files() -> set[tuple[str, str]]:
-    """Descriptor and what it is open on."""
-    places = [Path("/proc/self/fd") / fd for fd in os.listdir("/proc/self/fd")]
-    return {(place.name, os.readlink(place)) for place in places if place.is_symlink()}
 
 
 def whole(path: Path, **order: object) -> tuple[bytes, ReadStats, list[int]]:

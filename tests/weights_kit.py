@@ -60,3 +60,9 @@ def flip_byte(path: Path, offset: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def open_files(pid: int | str = "self") -> set[tuple[str, str]]:
+    """Descriptors of a process, and what each is open on."""
+    places = list(Path(f"/proc/{pid}/fd").iterdir())
+    return {(place.name, os.readlink(place)) for place in places if place.is_symlink()}

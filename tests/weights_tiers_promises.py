@@ -23,7 +23,7 @@ from ghostserve.errors import (
 )
 from ghostserve.weights import source
 from ghostserve.weights.model_files import ModelFiles
-from weights_kit import flip_byte
+from weights_kit import flip_byte, open_files
 from weights_tiers_kit import LARGE, ODD, SHARDS, Files, Tier
 
 KIB = 1 << 10
@@ -72,10 +72,6 @@ def demand_refused(
     assert str(model.folder / name) in str(refused.value)
 
 
-def descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
-
-
 # ---- the promises ----------------------------------------------------------------------------------------------------
 
 
@@ -120,12 +116,12 @@ def who_stops_in_the_middle_leaves_nothing(tier: Tier, files: Files) -> None:
     """And keeps what it has."""
     model, right = tier.model(tier.put(files)), expected(files)
     list(tier.load(model))
-    before, threads = descriptors(), set(threading.enumerate())
+    before, threads = open_files(), set(threading.enumerate())
     load = tier.load(model)
     kept = [next(load) for _ in range(3)]
     load.close()  # type: ignore[attr-defined]
     assert set(threading.enumerate()) <= threads
-    assert descriptors() <= before
+    assert open_files() <= before
     demand_model(kept, {name: right[name] for name, _ in kept})
 
 

@@ -18,12 +18,13 @@ from typing import Any
 import httpx
 
 import ghostserve
-from ghostserve.clock import monotonic_s, sleep_s
+from ghostserve.clock import monotonic_s
 from ghostserve.testing.client import StreamResult, stream_completion
 from ghostserve.testing.oracle import compare_choices
 from ghostserve.testing.server import ServerProcess, ghostserve_command
 from ghostserve.web.admin import NO_TLS, Tls, auth_headers
 from real.overlay import v2_environment
+from weights_pool_kit import eventually
 
 TINY = Path(ghostserve.__file__).parent / "models" / "tiny-llama"
 PROMPTS = {
@@ -187,10 +188,11 @@ class Served:
 
     def wait_paused(self) -> None:
         """Until an armed pause is in effect. One that comes after the strike comes after the resume, too, and stays."""
-        deadline_s = monotonic_s() + 15
-        while not self._http.get(f"{self.server.base_url}/is_paused").json()["is_paused"]:
-            assert monotonic_s() < deadline_s, "the armed pause does not come"
-            sleep_s(0.02)
+        eventually(
+            lambda: self._http.get(f"{self.server.base_url}/is_paused").json()["is_paused"],
+            "the armed pause does not come",
+            timeout_s=15,
+        )
 
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
         """Call a worker's method on every rank (vLLM's development route)."""
